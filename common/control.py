@@ -1,0 +1,104 @@
+"""The control sockets: every worker binds a ROUTER, gateways and prefills connect DEALERs. Sends never block.
+
+A letter names the incarnation it is meant for, and another one does not open it: a successor on the same address does receive its
+predecessor's mail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import zmq
+
+from common.errors import MessageError
+from common.logs import get_logger
+from common.messages import Incarnation, Letter, ToPeer, ToWorker, decode, encode
+from common.pump import Pump, new_socket
+
+log = get_logger(__name__)
+
+HIGH_WATER = 10_000
+MAX_LETTER_BYTES = 64 << 20
+
+
+class ControlServer:
+    """A worker's ROUTER."""
+
+    def __init__(self, incarnation: Incarnation, host: str, on_letter: Callable[[Letter], None]) -> None:
+        self._incarnation = incarnation
+        self._on_letter = on_letter
+        socket = new_socket(zmq.ROUTER, HIGH_WATER, MAX_LETTER_BYTES)
+        socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        port = socket.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
+        self.unopened = 0
+        """Letters that were not for this incarnation, or not what they should be."""
+        self._pump = Pump(socket, self._received)
+
+    def send(self, to: Incarnation, body: ToPeer) -> bool:
+        """False if it could not be queued. An unknown peer loses the letter, as a wire may: requests are repeated until answered."""
+        return self._pump.send([to.encode(), encode(Letter(self._incarnation, to, body))])
+
+    def close(self) -> None:
+        self._pump.close()
+
+    def _received(self, frames: list[bytes]) -> None:
+        letter = _opened(frames[-1], self._incarnation)
+        if letter is None or letter.sender.encode() != frames[0]:
+            self.unopened += 1
+            return
+        self._on_letter(letter)
+
+
+class ControlClient:
+    """One DEALER per worker that this process talks to."""
+
+    def __init__(self, incarnation: Incarnation, on_letter: Callable[[Letter], None]) -> None:
+        self._incarnation = incarnation
+        self._on_letter = on_letter
+        self._pumps: dict[Incarnation, Pump] = {}
+        self.unopened = 0
+
+    @property
+    def peers(self) -> set[Incarnation]:
+        return set(self._pumps)
+
+    def connect(self, peer: Incarnation, address: str) -> None:
+        """A second call for the same peer changes nothing: an incarnation keeps its address."""
+        if peer in self._pumps:
+            return
+        socket = new_socket(zmq.DEALER, HIGH_WATER, MAX_LETTER_BYTES)
+        socket.setsockopt(zmq.ROUTING_ID, self._incarnation.encode())
+        socket.connect(address)
+        self._pumps[peer] = Pump(socket, partial(self._received, peer))
+
+    def disconnect(self, peer: Incarnation) -> None:
+        pump = self._pumps.pop(peer, None)
+        if pump is not None:
+            pump.close()
+
+    def send(self, peer: Incarnation, body: ToWorker) -> bool:
+        """False if the peer is not connected or its queue is full."""
+        pump = self._pumps.get(peer)
+        return pump is not None and pump.send([encode(Letter(self._incarnation, peer, body))])
+
+    def close(self) -> None:
+        for peer in list(self._pumps):
+            self.disconnect(peer)
+
+    def _received(self, peer: Incarnation, frames: list[bytes]) -> None:
+        letter = _opened(frames[-1], self._incarnation)
+        if letter is None or letter.sender != peer:
+            self.unopened += 1
+            return
+        self._on_letter(letter)
+
+
+def _opened(data: bytes, reader: Incarnation) -> Letter | None:
+    try:
+        letter = decode(data, Letter)
+    except MessageError as error:
+        log.warning("a malformed letter", reason=error)
+        return None
+    return letter if letter.to == reader else None

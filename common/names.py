@@ -1,0 +1,50 @@
+"""Key names in Redis and the timings every process agrees on: one place per fact."""
+
+from __future__ import annotations
+
+import secrets
+
+BEAT_S = 0.5
+"""Between two beats on any link."""
+DEAD_S = 2.0
+"""Silence on a link for this long is death."""
+INTRODUCTION_TTL_S = 10
+"""A process refreshes its introduction in Redis every BEAT_S; it vanishes this long after the last time."""
+STARTUP_S = 120.0
+"""A worker that is not ready by then has failed."""
+
+CLASSES = ("resume", "interactive", "batch")
+"""Classes of jobs, in the order in which prefills read them."""
+GROUP = "prefill"
+"""The one consumer group on every job stream; consumers are incarnations."""
+
+
+def incarnation() -> str:
+    """A name for this start of this process: 16 hex digits."""
+    return secrets.token_hex(8)
+
+
+def stream(fleet: str, fingerprint: str, job_class: str) -> str:
+    return f"baton:{fleet}:{fingerprint}:jobs:{job_class}"
+
+
+def dead_letters(fleet: str) -> str:
+    return f"baton:{fleet}:dead"
+
+
+def identity(fleet: str) -> str:
+    return f"baton:{fleet}:identity"
+
+
+def introduction(fleet: str, name: str) -> str:
+    return f"baton:{fleet}:peer:{name}"
+
+
+def introductions(fleet: str) -> str:
+    """Pattern that matches every introduction of the fleet."""
+    return f"baton:{fleet}:peer:*"
+
+
+def alone(fleet: str) -> str:
+    """Lock held while a suspicious request runs alone."""
+    return f"baton:{fleet}:alone"

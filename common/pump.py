@@ -1,0 +1,68 @@
+"""A ZeroMQ socket on an asyncio loop, for sends that never block and receives that never miss an edge.
+
+ZeroMQ's fd is edge-triggered and any call on the socket may swallow the edge; so the socket is drained when the fd says so *and* soon
+after every send.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+
+class Pump:
+    """Owns a socket: received messages go to `on_frames`, in order. To be used on the event loop's thread only."""
+
+    def __init__(self, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]) -> None:
+        self._socket = socket
+        self._on_frames = on_frames
+        self._loop = asyncio.get_running_loop()
+        self._fd = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._fd, self.drain)
+        self._loop.call_soon(self.drain)
+        self._draining = False
+
+    def send(self, frames: list[bytes]) -> bool:
+        """False if the message could not be queued at once."""
+        if self._socket.closed:
+            return False
+        try:
+            self._socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return False
+        finally:
+            self._loop.call_soon(self.drain)
+        return True
+
+    def drain(self) -> None:
+        """Receive all there is. A handler that sends does not nest."""
+        if self._draining:
+            return
+        self._draining = True
+        try:
+            while not self._socket.closed:
+                try:
+                    frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    return
+                self._on_frames(frames)
+        finally:
+            self._draining = False
+
+    def close(self) -> None:
+        if not self._socket.closed:
+            self._loop.remove_reader(self._fd)
+            self._socket.close(0)
+
+
+def new_socket(kind: int, high_water: int, most_bytes: int) -> zmq.Socket[bytes]:
+    """A socket with bounded queues and messages that does not linger and reconnects fast."""
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, high_water)
+    socket.setsockopt(zmq.RCVHWM, high_water)
+    socket.setsockopt(zmq.MAXMSGSIZE, most_bytes)
+    socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    return socket

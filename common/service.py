@@ -1,0 +1,146 @@
+"""A process' life: settings, ready, signals, drain, `--check`. Every process starts and ends through `run`.
+
+Exit status: 0 after a drain, 1 when it could not start, join or go on (one line says why), 2 for a bad setting (one line names it).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import urllib.request
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from common import logs, names
+from common.errors import BatonError, SettingError
+from common.logs import get_logger
+from common.messages import Incarnation, Role
+from common.settings import CommonSettings, load
+
+log = get_logger(__name__)
+
+SWITCH_S = 0.0005
+"""Python's threads hand over at least this often: a socket must not wait 5 ms for the engine's bookkeeping."""
+CHECK_S = 2.0
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+class Service:
+    """What a process' main function gets: its name, when to stop, and how to say that it is ready or cannot go on."""
+
+    def __init__(self, role: Role, settings: CommonSettings) -> None:
+        self.incarnation: Incarnation = names.incarnation()
+        self.role = role
+        self.stopping = asyncio.Event()
+        self.error: BaseException | None = None
+        self._ready_file = Path(settings.ready_file) if settings.ready_file else None
+
+    def ready(self, **facts: object) -> None:
+        """The process serves from now on; `facts` (addresses, ports) go into the ready file."""
+        log.info("ready", **facts)
+        if self._ready_file is not None:
+            partial = self._ready_file.with_suffix(".partial")
+            partial.write_text(json.dumps({"pid": os.getpid(), "role": self.role, "incarnation": self.incarnation, **facts}, default=str))
+            partial.replace(self._ready_file)
+
+    def stop(self) -> None:
+        self.stopping.set()
+
+    def fail(self, error: BaseException) -> None:
+        """Something the process cannot live without has died."""
+        self.error = self.error or error
+        self.stopping.set()
+
+    def over(self) -> None:
+        if self._ready_file is not None:
+            self._ready_file.unlink(missing_ok=True)
+
+
+def run(main: Callable[[S, Service], Awaitable[None]], kind: type[S], role: Role, argv: list[str] | None = None) -> int:
+    """Load settings, run `main(settings, service)` until it returns, and give the exit status."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        settings = load(kind, [word for word in words if word != "--check"], os.environ)
+    except SettingError as error:
+        print(f"{role}: {error}", file=sys.stderr)
+        return 2
+    if "--check" in words:
+        return check(settings)
+    logs.set_up(role, settings.log_level, settings.log_format)
+    sys.setswitchinterval(SWITCH_S)
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(_live(main, settings, role))
+    except KeyboardInterrupt:
+        return 130
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop
+
+        factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    except ImportError:
+        factory = asyncio.new_event_loop
+    return factory
+
+
+async def _live(main: Callable[[S, Service], Awaitable[None]], settings: S, role: Role) -> int:
+    service = Service(role, settings)
+    logs.set_up(f"{role}[{service.incarnation[:4]}]", settings.log_level, settings.log_format)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _signalled, service)
+    try:
+        await main(settings, service)
+    except Exception as error:
+        service.fail(error)
+    finally:
+        service.over()
+    return _status(role, service.error)
+
+
+def _status(role: Role, error: BaseException | None) -> int:
+    """The exit status for what ended the process, after saying it."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    match error:
+        case None:
+            return 0
+        case BatonError():
+            print(f"{role}: {error}", file=sys.stderr)
+            return 2 if isinstance(error, SettingError) else 1
+        case _:
+            log.exception("the process cannot go on", error)
+            return 1
+
+
+def _signalled(service: Service) -> None:
+    """The first signal asks for a drain, the second ends the process."""
+    if service.stopping.is_set():
+        os._exit(1)
+    service.stop()
+
+
+def check(settings: CommonSettings) -> int:
+    """`--check`, for containers: the ready file is there, its process lives, and its HTTP server answers if it has one."""
+    if settings.ready_file is None:
+        print("no ready_file is set: nothing to check", file=sys.stderr)
+        return 1
+    try:
+        facts = json.loads(Path(settings.ready_file).read_text())
+        os.kill(int(facts["pid"]), 0)
+        if "http_port" in facts:
+            host = facts.get("http_host", "127.0.0.1")
+            host = "127.0.0.1" if host == "0.0.0.0" else host
+            urllib.request.urlopen(f"http://{host}:{facts['http_port']}/health", timeout=CHECK_S).close()
+    except (OSError, ValueError, KeyError) as error:
+        print(f"not ready: {error}", file=sys.stderr)
+        return 1
+    print("ready")
+    return 0

@@ -1,0 +1,115 @@
+"""The token socket: gateways bind SUB, each worker connects one XPUB per gateway. Sends never block (protocol rule 6).
+
+An XPUB drops what it sends before the subscription has arrived; so a link counts as open only once that subscription was read, and
+what was said before stays in the outbox until a beat reveals it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import zmq
+
+from common.errors import MessageError
+from common.logs import get_logger
+from common.messages import Event, Incarnation, Parcel, decode, encode
+from common.pump import Pump, new_socket
+
+log = get_logger(__name__)
+
+HIGH_WATER = 10_000
+"""Messages a socket keeps for a slow reader."""
+MAX_PARCEL_BYTES = 64 << 20
+
+
+class TokenSubscriber:
+    """A gateway's end. Parcels come in order per worker."""
+
+    def __init__(self, incarnation: Incarnation, host: str, on_parcel: Callable[[Parcel], None]) -> None:
+        self._incarnation = incarnation
+        self._on_parcel = on_parcel
+        socket = new_socket(zmq.SUB, HIGH_WATER, MAX_PARCEL_BYTES)
+        port = socket.bind_to_random_port(f"tcp://{host}")
+        socket.setsockopt(zmq.SUBSCRIBE, incarnation.encode())
+        self.address = f"tcp://{host}:{port}"
+        self.dropped = 0
+        """Messages that were no parcels for us."""
+        self._pump = Pump(socket, self._received)
+
+    def close(self) -> None:
+        self._pump.close()
+
+    def _received(self, frames: list[bytes]) -> None:
+        try:
+            parcel = decode(frames[-1], Parcel)
+        except MessageError as error:
+            self.dropped += 1
+            log.warning("a malformed parcel", reason=error)
+            return
+        if parcel.to != self._incarnation:
+            self.dropped += 1
+            return
+        self._on_parcel(parcel)
+
+
+class _Link:
+    """One gateway's XPUB, and whether its subscription is in force."""
+
+    def __init__(self, gateway: Incarnation, address: str, on_change: Callable[[bool], None]) -> None:
+        self.topic = gateway.encode()
+        self.address = address
+        self.open = False
+        self._on_change = on_change
+        socket = new_socket(zmq.XPUB, HIGH_WATER, MAX_PARCEL_BYTES)
+        socket.setsockopt(zmq.XPUB_NODROP, 1)
+        socket.connect(address)
+        self.pump = Pump(socket, self._subscription)
+
+    def _subscription(self, frames: list[bytes]) -> None:
+        """The gateway's side subscribed, or (as when it disconnects) does not any more."""
+        if frames[0][1:] == self.topic:
+            self.open = frames[0][:1] == b"\x01"
+            self._on_change(self.open)
+
+
+class TokenPublisher:
+    """A worker's end: links to all gateways it knows. To be used on the event loop's thread only."""
+
+    def __init__(self, incarnation: Incarnation, on_open: Callable[[Incarnation], None] | None = None) -> None:
+        self._incarnation = incarnation
+        self._on_open = on_open
+        self._links: dict[Incarnation, _Link] = {}
+
+    def open(self, gateway: Incarnation, address: str) -> None:
+        """Connect to a gateway; a second call with the same address changes nothing."""
+        link = self._links.get(gateway)
+        if link is not None and link.address == address:
+            return
+        self.close(gateway)
+        self._links[gateway] = _Link(gateway, address, partial(self._changed, gateway))
+
+    def is_open(self, gateway: Incarnation) -> bool:
+        """Whether the gateway's subscription is in force, so that what is sent can arrive."""
+        link = self._links.get(gateway)
+        return link is not None and link.open
+
+    def send(self, gateway: Incarnation, events: list[Event]) -> bool:
+        """One parcel. False if the link is not open or its queue is full: the caller keeps what it said."""
+        link = self._links.get(gateway)
+        if link is None or not link.open:
+            return False
+        return link.pump.send([link.topic, encode(Parcel(self._incarnation, gateway, events))])
+
+    def close(self, gateway: Incarnation) -> None:
+        link = self._links.pop(gateway, None)
+        if link is not None:
+            link.pump.close()
+
+    def close_all(self) -> None:
+        for gateway in list(self._links):
+            self.close(gateway)
+
+    def _changed(self, gateway: Incarnation, is_open: bool) -> None:
+        if is_open and self._on_open is not None:
+            self._on_open(gateway)

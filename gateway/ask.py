@@ -1,0 +1,77 @@
+"""What the HTTP side asks of the desk, and what it gets back: the seam between OpenAI's API and the recovery machinery."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from common.errors import RequestError
+from common.messages import FinishReason, Identity, Sampling, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A validated, tokenised request for one answer."""
+
+    prompt: list[int]
+    sampling: Sampling
+    max_tokens: int
+    stop_ids: list[int] = field(default_factory=list)
+    deadline_s: float = 600.0
+    job_class: str = "interactive"
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """New tokens, in order and each exactly once; the last update has `finish` or `error`."""
+
+    tokens: list[Token]
+    finish: FinishReason | None = None
+    error: RequestError | None = None
+
+
+@dataclass(slots=True)
+class Timeline:
+    """The five stages of a request in seconds, summed over its attempts, on the clocks of their owners; `other` is what remains."""
+
+    prefill_queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    decode_queue_s: float = 0.0
+    decode_s: float = 0.0
+    ttft_s: float = 0.0
+    total_s: float = 0.0
+    attempts: int = 1
+
+    @property
+    def other_s(self) -> float:
+        stages = self.prefill_queue_s + self.prefill_s + self.transfer_s + self.decode_queue_s + self.decode_s
+        return self.total_s - stages
+
+
+class Answer(Protocol):
+    """A running answer. Iterate to the end, or `cancel`: an abandoned answer must not run on."""
+
+    timeline: Timeline
+
+    def __aiter__(self) -> AsyncIterator[Update]: ...
+
+    def cancel(self) -> None:
+        """The client is gone or has enough (a stop string): free everything. Idempotent."""
+
+
+class Desk(Protocol):
+    """Takes asks, and sees each through whatever workers die on the way."""
+
+    @property
+    def identity(self) -> Identity | None:
+        """The fleet's model and limits; None while no worker has ever joined."""
+
+    def roles(self) -> dict[str, int]:
+        """Live workers by role."""
+
+    def submit(self, ask: Ask) -> Answer:
+        """Raises Unavailable (a role has no live worker, Redis is away), Overloaded, or BadRequest (larger than the fleet allows).
+        The answer is cancelled if it is not iterated."""

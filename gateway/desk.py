@@ -1,0 +1,272 @@
+"""The desk: carries out what the ledger decides. Sockets, Redis and clocks are here, decisions are not."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+
+from redis.asyncio import Redis
+
+from common.beats import Liveness
+from common.control import ControlClient
+from common.errors import BadRequest, Overloaded, QueueError, Unavailable
+from common.fleet import Fleet
+from common.logs import get_logger
+from common.messages import PROTOCOL, GatewayBeat, Identity, Incarnation, Introduction, Job, Letter, Mismatch, Parcel, WorkerBeat
+from common.names import BEAT_S
+from common.queue import JobQueue
+from common.tokens import TokenSubscriber
+from gateway.ask import Ask, Timeline, Update
+from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
+from gateway.ledger import Ledger
+
+log = get_logger(__name__)
+
+JUDGE_S = 1.0
+WRITERS = 4
+"""Queue operations under way at once: one that waits for a slow Redis must not hold up all others."""
+
+
+class LiveAnswer:
+    """A running answer: the ledger's words wait here until the client's side takes them (at most `max_tokens` of them)."""
+
+    def __init__(self, desk: LiveDesk, request_id: str, timeline: Timeline) -> None:
+        self.request_id = request_id
+        self.timeline = timeline
+        self._desk = desk
+        self._updates: asyncio.Queue[Update] = asyncio.Queue()
+        self._over = False
+
+    async def __aiter__(self) -> AsyncIterator[Update]:
+        try:
+            while not self._over:
+                update = await self._updates.get()
+                self._over = update.finish is not None or update.error is not None
+                yield update
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        self._over = True
+        self._desk.cancel(self.request_id)
+
+    def put(self, update: Update) -> None:
+        self._updates.put_nowait(update)
+
+
+class LiveDesk:
+    """The gateway's Desk over a real fleet. `run` keeps it going until cancelled."""
+
+    def __init__(
+        self, incarnation: Incarnation, redis: Redis, fleet: str, host: str, tokenizer: str, *, max_running: int, max_queued: int
+    ) -> None:
+        self._incarnation = incarnation
+        self._redis = redis
+        self._fleet_name = fleet
+        self._fleet = Fleet(redis, fleet)
+        self._tokenizer = tokenizer
+        self._max_running, self._max_queued = max_running, max_queued
+        self._subscriber = TokenSubscriber(incarnation, host, self._parcel)
+        self._control = ControlClient(incarnation, self._letter)
+        self._ledger = Ledger(incarnation, self._subscriber.address)
+        self._liveness = Liveness()
+        self._beats: dict[Incarnation, WorkerBeat] = {}
+        self._answers: dict[str, LiveAnswer] = {}
+        self._queue: JobQueue | None = None
+        self._writes: asyncio.Queue[Put | Remove | Bury] = asyncio.Queue()
+        self._identity: Identity | None = None
+        self._sequence = 0
+
+    # ----------------------------------------------------------------------------------------------- what HTTP may ask
+
+    @property
+    def identity(self) -> Identity | None:
+        return self._identity
+
+    @property
+    def recoveries(self) -> int:
+        """Attempts started anew since the start."""
+        return self._ledger.recoveries
+
+    @property
+    def workers(self) -> dict[Incarnation, WorkerBeat]:
+        """The latest beat of every live worker."""
+        return {name: beat for name, beat in self._beats.items() if name in self._liveness.alive}
+
+    def roles(self) -> dict[str, int]:
+        count: dict[str, int] = {}
+        for beat in self.workers.values():
+            if not beat.draining:
+                count[beat.role] = count.get(beat.role, 0) + 1
+        return count
+
+    def submit(self, ask: Ask) -> LiveAnswer:
+        self._admit(ask)
+        request_id = secrets.token_hex(12)
+        actions = self._ledger.open(request_id, ask, time.monotonic())
+        answer = LiveAnswer(self, request_id, self._ledger.timeline(request_id))
+        self._answers[request_id] = answer
+        self._do(actions)
+        return answer
+
+    def cancel(self, request_id: str) -> None:
+        if self._answers.pop(request_id, None) is not None:
+            self._do(self._ledger.cancel(request_id))
+
+    def _admit(self, ask: Ask) -> None:
+        identity = self._identity
+        roles = self.roles()
+        if identity is None or self._queue is None:
+            raise Unavailable("no worker has joined the fleet yet: start a prefill and a decode")
+        if not roles.get("colocated"):
+            missing = [role for role in ("prefill", "decode") if not roles.get(role)]
+            if missing:
+                raise Unavailable(f"no live {' and no live '.join(missing)} worker")
+        tokens = len(ask.prompt) + ask.max_tokens
+        limit = identity.max_request_pages * identity.page_tokens
+        if tokens > limit:
+            raise BadRequest(f"prompt and max_tokens are {tokens} tokens, this fleet serves {limit} a request", param="max_tokens")
+        if len(self._ledger) >= self._max_running or self._ledger.queued >= self._max_queued:
+            raise Overloaded("too many requests are waiting: try again later", retry_after_s=self._ledger.retry_after_s(time.monotonic()))
+
+    # ------------------------------------------------------------------------------------------------------- its tasks
+
+    async def run(self) -> None:
+        """Everything the desk does by itself; returns only by cancellation or failure."""
+        introduction = Introduction("gateway", self._incarnation, "", "")
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._fleet.keep(introduction, None, self._introduced), name="fleet")
+            tasks.create_task(self._beat_forever(), name="beats")
+            tasks.create_task(self._judge_forever(), name="judge")
+            for number in range(WRITERS):
+                tasks.create_task(self._write_forever(), name=f"writer {number}")
+
+    async def drain(self, grace_s: float) -> None:
+        """Let running answers finish, at most `grace_s` long, then cancel what is left."""
+        give_up = time.monotonic() + grace_s
+        while self._answers and time.monotonic() < give_up:
+            await asyncio.sleep(BEAT_S)
+        for request_id in list(self._answers):
+            self.cancel(request_id)
+        await self._fleet.leave(self._incarnation)
+
+    def close(self) -> None:
+        self._subscriber.close()
+        self._control.close()
+
+    def _parcel(self, parcel: Parcel) -> None:
+        now = time.monotonic()
+        for event in parcel.events:
+            if isinstance(event, WorkerBeat):
+                self._liveness.heard(parcel.sender, now)
+                self._liveness.beat(parcel.sender, event.step, event.busy, event.longest_step_s, now)
+                self._beats[parcel.sender] = event
+            self._do(self._ledger.event(parcel.sender, event, now))
+
+    def _letter(self, letter: Letter) -> None:
+        if isinstance(letter.body, Mismatch):
+            log.error("a worker refuses this gateway", worker=letter.sender, reason=letter.body.reason)
+
+    def _introduced(self, members: dict[Incarnation, Introduction], identity: Identity | None) -> None:
+        """Redis names whom to knock at. Workers that have vanished from it are disconnected once they are also silent."""
+        self._identify(identity)
+        for name, member in members.items():
+            if member.role != "gateway" and name not in self._control.peers:
+                self._control.connect(name, member.control_address)
+                self._ledger.join(name, member.role)
+                self._beat_to(name)
+        for name in set(self._control.peers) - set(members):
+            if name not in self._liveness.alive:
+                self._control.disconnect(name)
+
+    def _identify(self, identity: Identity | None) -> None:
+        if identity is None or identity == self._identity:
+            return
+        if identity.tokenizer != self._tokenizer:
+            log.error("the fleet serves a model with another tokenizer than this gateway's", fleet=self._fleet_name, model=identity.model)
+            return
+        self._identity = identity
+        self._queue = JobQueue(self._redis, self._fleet_name, identity.fingerprint)
+
+    async def _beat_forever(self) -> None:
+        while True:
+            self._sequence += 1
+            for worker in tuple(self._control.peers):
+                self._beat_to(worker)
+            now = time.monotonic()
+            for worker, reason in self._liveness.dead(now):
+                log.warning("worker lost", worker=worker, reason=reason)
+                self._liveness.forget(worker)
+                self._beats.pop(worker, None)
+                self._do(self._ledger.dead(worker, now))
+            self._do(self._ledger.tick(now))
+            await asyncio.sleep(BEAT_S)
+
+    def _beat_to(self, worker: Incarnation) -> None:
+        if self._identity is None:
+            return
+        seen = self._ledger.seen(worker)
+        beat = GatewayBeat(self._sequence, self._subscriber.address, self._fleet_name, self._identity.fingerprint, PROTOCOL, seen)
+        self._control.send(worker, beat)
+
+    async def _judge_forever(self) -> None:
+        while True:
+            await asyncio.sleep(JUDGE_S)
+            entries = self._ledger.entries()
+            if self._queue is None or not entries:
+                continue
+            try:
+                states = await self._queue.states(entries)
+            except QueueError as error:
+                log.warning("cannot look at the queue", error=error)
+                continue
+            self._do(self._ledger.judge(states, self._liveness.alive, time.monotonic()))
+
+    # ------------------------------------------------------------------------------------------------------ its actions
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Put() | Remove() | Bury():
+                    self._writes.put_nowait(action)
+                case Tell(to, body):
+                    self._control.send(to, body)
+                case Show(request_id, _, tokens):
+                    if (answer := self._answers.get(request_id)) is not None:
+                        answer.put(Update(tokens))
+                case End(request_id, _, tokens, finish, error):
+                    if (answer := self._answers.pop(request_id, None)) is not None:
+                        answer.put(Update(tokens, finish, error))
+
+    async def _write_forever(self) -> None:
+        while True:
+            await self._write(await self._writes.get())
+
+    async def _write(self, action: Put | Remove | Bury) -> None:
+        assert self._queue is not None
+        try:
+            match action:
+                case Put(job, job_class):
+                    await self._put(job, job_class)
+                case Remove(entry):
+                    await self._queue.remove(entry)
+                case Bury(job, reason):
+                    await self._queue.bury(job, reason)
+        except QueueError as error:
+            log.warning("the queue refuses", action=type(action).__name__, error=error)
+
+    async def _put(self, job: Job, job_class: str) -> None:
+        """One XADD; the ledger hears how it went. A suspicious request waits until no other one runs alone in the fleet."""
+        assert self._queue is not None
+        choice = job.choices[0]
+        try:
+            if job.alone and not await self._queue.lock_alone(job.request_id):
+                raise QueueError("another request runs alone")
+            entry = await self._queue.put(job, job_class)
+        except QueueError as error:
+            log.warning("a job was not put", request=job.request_id, attempt=choice.attempt, error=error)
+            self._do(self._ledger.put_failed(job.request_id, choice.choice, choice.attempt, time.monotonic()))
+        else:
+            self._do(self._ledger.put(job.request_id, choice.choice, choice.attempt, entry))

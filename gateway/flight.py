@@ -1,0 +1,190 @@
+"""One choice of one request as the gateway sees it, and the actions its ledger asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from common.errors import RequestError
+from common.messages import Cancel, Choice, FinishReason, Incarnation, Job, Key, Resend, Role, Token, Tokens
+from common.queue import Entry
+from gateway.ask import Ask, Timeline
+
+# ------------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Put the job into its class of the queue; tell the ledger by `put` or `put_failed`."""
+
+    job: Job
+    job_class: str
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Acknowledge and delete a queue entry."""
+
+    entry: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Send a control message to a worker."""
+
+    to: Incarnation
+    body: Cancel | Resend
+
+
+@dataclass(frozen=True, slots=True)
+class Show:
+    """New tokens for the client, each once and in order."""
+
+    request_id: str
+    choice: int
+    tokens: list[Token]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The answer is complete with these last tokens, or has failed."""
+
+    request_id: str
+    choice: int
+    tokens: list[Token]
+    finish: FinishReason | None
+    error: RequestError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Bury:
+    """Put the job into the dead-letter stream."""
+
+    job: Job
+    reason: str
+
+
+Action: TypeAlias = Put | Remove | Tell | Show | End | Bury
+
+
+# -------------------------------------------------------------------------------------------------------------- flight
+
+
+@dataclass(eq=False)
+class Flight:
+    """State of one (request, choice): the present attempt, who holds it, and what its client has been given."""
+
+    request_id: str
+    choice: int
+    ask: Ask
+    accepted_at: float
+    attempt: int = 1
+    accepted: list[int] = field(default_factory=list)
+    timeline: Timeline = field(default_factory=Timeline)
+    # the present attempt
+    entry: Entry | None = None
+    put_at: float = 0.0
+    put_again_at: float | None = None
+    first_index: int = 0
+    """Index of the first token this attempt has to bring."""
+    execution: str | None = None
+    prefill: Incarnation | None = None
+    """The worker that claimed the job (a prefill, or a colocated one)."""
+    decode: Incarnation | None = None
+    holders: dict[Incarnation, float] = field(default_factory=dict)
+    """Workers that claim the execution, with the moment of their latest word on it."""
+    launched: dict[Incarnation, bool] = field(default_factory=dict)
+    """Whether the request was part of a launch, by each holder's latest beat."""
+    # for later attempts
+    suspicion: int = 0
+    alone: bool = False
+    reserve_all: bool = False
+
+    @property
+    def id(self) -> tuple[str, int]:
+        return (self.request_id, self.choice)
+
+    @property
+    def key(self) -> Key:
+        return Key(self.request_id, self.choice, self.attempt, self.execution or "")
+
+    @property
+    def index(self) -> int:
+        """Absolute index of the next token to show."""
+        return len(self.accepted)
+
+    @property
+    def deadline(self) -> float:
+        return self.accepted_at + self.ask.deadline_s
+
+    @property
+    def finish(self) -> FinishReason | None:
+        """Why the answer is complete, or None: the same rule by which the engine stops."""
+        if self.accepted and self.accepted[-1] in self.ask.stop_ids:
+            return "stop"
+        return "length" if self.index >= self.ask.max_tokens else None
+
+    def job(self, gateway: Incarnation, tokens_address: str, now: float) -> Job:
+        return Job(
+            request_id=self.request_id,
+            gateway=gateway,
+            tokens_address=tokens_address,
+            prompt=self.ask.prompt,
+            choices=[Choice(self.choice, self.attempt, list(self.accepted))],
+            sampling=self.ask.sampling,
+            max_tokens=self.ask.max_tokens,
+            stop_ids=self.ask.stop_ids,
+            deadline_s=self.deadline - now,
+            age_s=now - self.accepted_at,
+            priority=self.ask.priority,
+            reserve_all=self.reserve_all,
+            suspicion=self.suspicion,
+            alone=self.alone,
+        )
+
+    def start(self, execution: str, now: float) -> None:
+        self.execution = execution
+        self.put_again_at = None
+        self.timeline.prefill_queue_s += now - self.put_at
+
+    def next_attempt(self, now: float) -> None:
+        self.attempt += 1
+        self.first_index = self.index
+        self.timeline.attempts = self.attempt
+        self.execution = self.prefill = self.decode = None
+        self.holders.clear()
+        self.launched.clear()
+        self._stage_s = {}
+
+    def drop_holder(self, worker: Incarnation) -> bool:
+        """Whether the flight is now held by nobody because of it. A dead prefill leaves a decode that has committed undisturbed."""
+        held = self.holders.pop(worker, None) is not None
+        return held and not self.holders
+
+    # ----------------------------------------------------------------------------------------------------- the timeline
+
+    _stage_s: dict[str, float] = field(default_factory=dict)
+
+    def spent(self, role: Role | None, words: Tokens) -> None:
+        """A worker's own clock says how long it has been at this attempt; later words replace earlier ones."""
+        stage_s, queued_s = words.stage_s, words.queued_s
+        if role != "decode" and words.tokens and words.tokens[0].index <= self.first_index:
+            self._stage("prefill_s", stage_s)
+        else:
+            self._stage("decode_s", stage_s)
+            self._stage("decode_queue_s", queued_s)
+
+    def shown(self, now: float) -> None:
+        """A token has reached the client's side."""
+        self.timeline.total_s = now - self.accepted_at
+        if self.index == 1:
+            self.timeline.ttft_s = self.timeline.total_s
+
+    def transferred(self, transfer_s: float) -> None:
+        self._stage("transfer_s", transfer_s)
+
+    def _stage(self, name: str, seconds: float) -> None:
+        before = self._stage_s.get(name, 0.0)
+        if seconds > before:
+            self._stage_s[name] = seconds
+            setattr(self.timeline, name, getattr(self.timeline, name) + seconds - before)

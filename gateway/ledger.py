@@ -1,0 +1,317 @@
+"""Who holds which request, and what to do when nobody does: the gateway's half of the recovery rules, pure.
+
+The ledger owns a request from acceptance to its last token. It is told what happened (`open`, `put`, `event`, `beat`, `dead`,
+`judge`, `tick`, `cancel`) and answers with actions for the desk to carry out; it has no clock, no socket and no await, so raising an
+attempt and copying the accepted ids are one step. Rule numbers are those of docs/protocol.md.
+
+An execution is bound by the first word heard of it (rule 1). A *holder* is a live worker whose latest word claims the bound
+execution. When the last holder dies, lets go or forgets, the flight gets a new attempt that goes on behind the accepted ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from common.errors import RequestError, Unavailable
+from common.messages import (
+    Cancel,
+    Event,
+    Finished,
+    Handed,
+    Holding,
+    Incarnation,
+    Key,
+    Lost,
+    Resend,
+    Resent,
+    Role,
+    Started,
+    Token,
+    Tokens,
+    WorkerBeat,
+)
+from common.names import DEAD_S
+from common.queue import Absent, Entry, EntryState, Pending
+from gateway.ask import Ask, Timeline
+from gateway.flight import Action, Bury, End, Flight, Put, Remove, Show, Tell
+
+FlightId: TypeAlias = tuple[str, int]
+
+PUT_RETRY_S = 0.5
+ALONE_AT = 2
+"""Deaths during a launch of the request after which it runs alone; one more ends it (rule 11)."""
+
+
+class Ledger:
+    """Every request this gateway has accepted and not ended."""
+
+    def __init__(self, gateway: Incarnation, tokens_address: str) -> None:
+        self._gateway = gateway
+        self._tokens_address = tokens_address
+        self._flights: dict[FlightId, Flight] = {}
+        self._roles: dict[Incarnation, Role] = {}
+        self._finals: dict[Incarnation, set[Key]] = {}
+        self.recoveries = 0
+
+    # ------------------------------------------------------------------------------------------------ the client's side
+
+    def open(self, request_id: str, ask: Ask, now: float) -> list[Action]:
+        """Accept a request: it is put in its class of the queue."""
+        flight = Flight(request_id, 0, ask, now)
+        self._flights[flight.id] = flight
+        return [self._put(flight, now)]
+
+    def cancel(self, request_id: str, choice: int = 0) -> list[Action]:
+        """Nobody waits for it any more (rule 13)."""
+        flight = self._flights.pop((request_id, choice), None)
+        return [] if flight is None else self._let_go(flight)
+
+    # ------------------------------------------------------------------------------------------------- the queue's side
+
+    def put(self, request_id: str, choice: int, attempt: int, entry: Entry) -> list[Action]:
+        """The job of this attempt stands in the queue as `entry`."""
+        flight = self._flights.get((request_id, choice))
+        if flight is None or flight.attempt != attempt:
+            return [Remove(entry)]
+        stale = [Remove(flight.entry)] if flight.entry not in (None, entry) else []
+        flight.entry = entry
+        return stale
+
+    def put_failed(self, request_id: str, choice: int, attempt: int, now: float) -> list[Action]:
+        """The queue did not take the job (or did not say so). A first attempt ends here, a running request is tried again."""
+        flight = self._flights.get((request_id, choice))
+        if flight is None or flight.attempt != attempt:
+            return []
+        if attempt == 1 and flight.execution is None:
+            return self._end(flight, error=Unavailable("the job queue cannot be reached: try again later"))
+        flight.put_again_at = now + PUT_RETRY_S
+        return []
+
+    def entries(self) -> list[Entry]:
+        """Entries whose fate the desk looks up once a second, for `judge`."""
+        return [f.entry for f in self._flights.values() if f.entry is not None and f.execution is None]
+
+    def judge(self, states: dict[Entry, EntryState], alive: Iterable[Incarnation], now: float) -> list[Action]:
+        """Rule 4: an entry that vanished, or that a consumer holds who is dead or does not speak of it, is put again."""
+        living = set(alive)
+        actions: list[Action] = []
+        for flight in list(self._flights.values()):
+            if flight.entry is None or flight.execution is not None or flight.entry not in states:
+                continue
+            if now - flight.put_at < DEAD_S:
+                continue
+            state = states[flight.entry]
+            orphaned = isinstance(state, Absent)
+            if isinstance(state, Pending):
+                orphaned = state.consumer not in living or state.idle_s > DEAD_S
+            if orphaned:
+                actions += self._again(flight, now)
+        return actions
+
+    # ------------------------------------------------------------------------------------------------ the workers' side
+
+    def join(self, worker: Incarnation, role: Role) -> None:
+        self._roles[worker] = role
+
+    def event(self, sender: Incarnation, event: Event, now: float) -> list[Action]:
+        """One event of a worker. Events of older attempts, second executions and strangers are dropped and cancelled."""
+        if isinstance(event, WorkerBeat):
+            return self._beat(sender, event, now)
+        if isinstance(event, Finished | Lost | Handed):
+            self._finals.setdefault(sender, set()).add(event.key)
+        flight = self._current(event.key)
+        if flight is None or not self._bind(flight, sender, event.key, now):
+            over = isinstance(event, Finished | Lost | Handed) or (isinstance(event, Resent) and event.unknown)
+            return [] if over else [Tell(sender, Cancel(event.key))]
+        match event:
+            case Started():
+                return []
+            case Tokens():
+                flight.spent(self._roles.get(sender), event)
+                return self._tokens(flight, sender, event.tokens, now)
+            case Handed():
+                return self._handed(flight, sender, event)
+            case Finished():
+                return [] if flight.index >= event.index else [Tell(sender, Resend(event.key, flight.index))]
+            case Lost():
+                return self._lost(flight, event, now)
+            case Resent():
+                return self._resent(flight, sender, event, now)
+
+    def dead(self, worker: Incarnation, now: float) -> list[Action]:
+        """The worker has died (rule 3): what it alone held starts again elsewhere."""
+        self._roles.pop(worker, None)
+        self._finals.pop(worker, None)
+        actions: list[Action] = []
+        for flight in list(self._flights.values()):
+            launched = flight.launched.pop(worker, False)
+            if flight.drop_holder(worker):
+                actions += self._again(flight, now, suspicious=launched)
+        return actions
+
+    def seen(self, worker: Incarnation) -> list[tuple[Key, int, bool]]:
+        """For the next beat to this worker: what need not be kept any longer (rule 5)."""
+        finals = self._finals.pop(worker, set())
+        running = [
+            (flight.key, flight.index, False) for flight in self._flights.values() if worker in flight.holders and flight.key not in finals
+        ]
+        return running + [(key, 0, True) for key in finals]
+
+    def tick(self, now: float) -> list[Action]:
+        """Everything that time alone brings about: deadlines, puts to repeat, holders that have stopped speaking of a request."""
+        actions: list[Action] = []
+        for flight in list(self._flights.values()):
+            if now >= flight.deadline:
+                actions += self._end(flight, error=Unavailable("the request's deadline has passed", code="deadline_exceeded"))
+            elif flight.put_again_at is not None and now >= flight.put_again_at:
+                actions.append(self._put(flight, now))
+            elif flight.execution is not None:
+                silent = [worker for worker, at in flight.holders.items() if now - at > DEAD_S]
+                if any([flight.drop_holder(worker) for worker in silent]):
+                    actions += self._again(flight, now)
+        return actions
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    @property
+    def queued(self) -> int:
+        """Accepted and not yet started by any worker."""
+        return sum(flight.execution is None for flight in self._flights.values())
+
+    def timeline(self, request_id: str, choice: int = 0) -> Timeline:
+        """The live timeline of an open request."""
+        return self._flights[(request_id, choice)].timeline
+
+    def retry_after_s(self, now: float) -> float:
+        """How long the longest waiting request has waited: as long as a newcomer should stay away at least."""
+        waits = [now - flight.put_at for flight in self._flights.values() if flight.execution is None]
+        return min(30.0, max([1.0, *waits]))
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _current(self, key: Key) -> Flight | None:
+        flight = self._flights.get((key.request_id, key.choice))
+        return flight if flight is not None and flight.attempt == key.attempt else None
+
+    def _bind(self, flight: Flight, sender: Incarnation, key: Key, now: float) -> bool:
+        """Rule 1: whether the sender may speak for this flight; the first execution and the first decode heard of may."""
+        if flight.execution is None:
+            flight.start(key.execution, now)
+        if flight.execution != key.execution:
+            return False
+        if self._roles.get(sender) == "decode":
+            if flight.decode is None:
+                flight.decode = sender
+            if flight.decode != sender:
+                return False
+        elif flight.prefill is None:
+            flight.prefill = sender
+        elif flight.prefill != sender:
+            return False
+        flight.holders[sender] = now
+        return True
+
+    def _beat(self, sender: Incarnation, beat: WorkerBeat, now: float) -> list[Action]:
+        """A beat's holdings say again what lost events said, and show what is missing (it cannot overtake tokens)."""
+        self._roles[sender] = beat.role
+        actions: list[Action] = []
+        for holding in beat.holding:
+            actions += self._holding(sender, holding, now)
+        return actions
+
+    def _holding(self, sender: Incarnation, holding: Holding, now: float) -> list[Action]:
+        flight = self._current(holding.key)
+        if flight is None or (holding.ended and sender not in flight.holders):
+            if holding.ended:
+                self._finals.setdefault(sender, set()).add(holding.key)
+                return []
+            return [Tell(sender, Cancel(holding.key))]
+        if not self._bind(flight, sender, holding.key, now):
+            return [Tell(sender, Cancel(holding.key))]
+        flight.launched[sender] = holding.launched
+        if holding.ended or holding.index > flight.index:
+            return [Tell(sender, Resend(holding.key, flight.index))]
+        return []
+
+    def _tokens(self, flight: Flight, sender: Incarnation, tokens: list[Token], now: float) -> list[Action]:
+        fresh: list[Token] = []
+        for token in tokens:
+            if token.index > flight.index:
+                break
+            if token.index == flight.index:
+                fresh.append(token)
+                flight.accepted.append(token.id)
+                flight.shown(now)
+                if flight.finish is not None:
+                    return self._end(flight, fresh)
+        actions: list[Action] = [Show(flight.request_id, flight.choice, fresh)] if fresh else []
+        if tokens and tokens[-1].index >= flight.index:
+            actions.append(Tell(sender, Resend(flight.key, flight.index)))
+        return actions
+
+    def _handed(self, flight: Flight, sender: Incarnation, event: Handed) -> list[Action]:
+        flight.transferred(event.transfer_s)
+        actions: list[Action] = []
+        if flight.decode is None:
+            flight.decode = event.to
+            flight.holders[event.to] = flight.holders[sender]
+        elif flight.decode != event.to:
+            actions.append(Tell(event.to, Cancel(event.key)))
+        flight.drop_holder(sender)
+        return actions
+
+    def _lost(self, flight: Flight, event: Lost, now: float) -> list[Action]:
+        if event.reason == "expired":
+            return self._end(flight, error=Unavailable("the request's deadline has passed", code="deadline_exceeded"))
+        if event.reason == "refused":
+            return self._end(flight, error=RequestError(f"no worker can run this request: {event.detail}"))
+        flight.reserve_all = flight.reserve_all or event.reason == "preempted"
+        return self._again(flight, now, suspicious=event.reason == "failed")
+
+    def _resent(self, flight: Flight, sender: Incarnation, event: Resent, now: float) -> list[Action]:
+        if event.unknown:
+            return self._again(flight, now) if flight.drop_holder(sender) else []
+        actions = self._tokens(flight, sender, event.tokens, now) if event.tokens else []
+        if event.end is not None and flight.id in self._flights:
+            actions += self.event(sender, event.end, now)
+        return actions
+
+    def _again(self, flight: Flight, now: float, *, suspicious: bool = False) -> list[Action]:
+        """A new attempt behind the accepted ids, in one step (rule 2)."""
+        self.recoveries += 1
+        actions = self._let_go(flight)
+        flight.next_attempt(now)
+        flight.suspicion += suspicious
+        if flight.suspicion > ALONE_AT:
+            job = flight.job(self._gateway, self._tokens_address, now)
+            error = RequestError("workers died while running this request: it is not tried again", code="poison")
+            error.status, error.type = 500, "server_error"
+            return [*actions, Bury(job, "three workers died with it"), *self._end(flight, error=error)]
+        flight.alone = flight.suspicion >= ALONE_AT
+        return [*actions, self._put(flight, now)]
+
+    def _put(self, flight: Flight, now: float) -> Put:
+        flight.put_at = now
+        flight.put_again_at = None
+        job_class = flight.ask.job_class if flight.attempt == 1 else "resume"
+        return Put(flight.job(self._gateway, self._tokens_address, now), job_class)
+
+    def _let_go(self, flight: Flight) -> list[Action]:
+        """Cancel the present attempt wherever it may be."""
+        actions: list[Action] = []
+        if flight.entry is not None:
+            actions.append(Remove(flight.entry))
+            flight.entry = None
+        if flight.execution is not None:
+            known = {worker for worker in (flight.prefill, flight.decode) if worker is not None}
+            actions += [Tell(worker, Cancel(flight.key)) for worker in sorted(known) if worker in self._roles]
+        return actions
+
+    def _end(self, flight: Flight, tokens: list[Token] | None = None, error: RequestError | None = None) -> list[Action]:
+        self._flights.pop(flight.id, None)
+        actions: list[Action] = [End(flight.request_id, flight.choice, tokens or [], flight.finish, error)]
+        if error is not None:
+            return actions + self._let_go(flight)
+        return actions if flight.entry is None else [*actions, Remove(flight.entry)]

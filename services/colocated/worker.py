@@ -1,0 +1,80 @@
+"""The colocated worker: both phases with one engine, from the same queue. The baseline, and a way to serve from one device."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import ClassVar
+
+from redis.asyncio import Redis
+
+from common.messages import Identity, Key, Role
+from common.queue import Claimed
+from common.service import Service
+from common.settings import WorkerSettings
+from services.engine.plan import Began, Computed, Drawn, Failed, Granted, Outcome, Preempted
+from services.worker.claims import Claims
+from services.worker.room import Room
+from services.worker.runs import Action, Runs
+from services.worker.worker import Worker
+
+
+class ColocatedWorker(Worker[Action]):
+    role: ClassVar[Role] = "colocated"
+
+    def __init__(self, room: Room, settings: WorkerSettings, service: Service, redis: Redis, identity: Identity) -> None:
+        super().__init__(room, settings, service, redis, identity)
+        most = identity.max_request_pages * room.layout.page_tokens
+        self._runs = Runs(self.gateways.outbox, most, parks=False)
+        self._claims = Claims(self.queue, self.incarnation, self._wanted_tokens, self._claimed)
+
+    @property
+    def runs(self) -> Runs:
+        return self._runs
+
+    def outcome(self, outcome: Outcome, now: float) -> list[Action]:
+        match outcome:
+            case Began():
+                self._runs.began(outcome, now)
+            case Drawn():
+                self._runs.drawn(outcome, now)
+            case Preempted() | Failed():
+                self._runs.ended(outcome)
+            case Computed():
+                pass
+            case Granted():
+                raise AssertionError("a colocated worker reserves no pages for others")
+        return []
+
+    def cancel(self, key: Key, now: float) -> list[Action]:
+        return self._runs.cancel(key)
+
+    def over(self, key: Key) -> list[Action]:
+        return self._runs.over(key)
+
+    def drain(self, now: float) -> list[Action]:
+        return self._runs.drain()
+
+    def perform(self, action: Action) -> None:
+        raise AssertionError(f"no action of its own: {action}")
+
+    def woken(self) -> None:
+        self._claims.wake()
+
+    def own_tasks(self, tasks: asyncio.TaskGroup) -> None:
+        tasks.create_task(self._claims.run(), name="claims")
+        tasks.create_task(self._claims.sweep(lambda: self.gateways.alive), name="sweep")
+
+    def _wanted_tokens(self) -> int:
+        """Room for new prompts in the next launch, while there are pages and places in the batch."""
+        snapshot = self.snapshot
+        full = snapshot.pool.free + snapshot.pool.cached == 0 or snapshot.running >= self.settings.max_batch
+        if self._runs.unbegun or full:
+            return 0
+        return self.room.budget_tokens - snapshot.unplanned_tokens
+
+    def _claimed(self, batch: list[Claimed]) -> None:
+        now = time.monotonic()
+        for claimed in batch:
+            self.gateways.meet(claimed.job.gateway, claimed.job.tokens_address)
+            self.do(self._runs.claimed(claimed.entry, claimed.job, now))

@@ -1,0 +1,297 @@
+"""Decode's half of the handoff: stand offers in line, grant pages, judge what arrived, commit or reject. Pure: no socket, no UCX.
+
+A page is shown to the scheduler only after every one of the handoff's pages has been verified. A grant that lapses keeps its pages
+in transit until nothing can write into them any more (`landed`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TypeAlias
+
+from common.messages import Committed, Granted, GrantedRank, Incarnation, Key, Offer, Pushed, Refused, Rejected, Token, Waiting, Withdrawn
+from services.engine.plan import Handoff
+from services.engine.sequence import Sequence
+from services.transfer.protocol import Arrived
+from services.worker.jobs import sequence_of, unfit
+
+# ------------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A control message to a prefill."""
+
+    to: Incarnation
+    body: Waiting | Granted | Refused | Committed | Rejected | Withdrawn
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Stand in the engine's line for pages; it answers with the outcome `Granted`."""
+
+    handoff: Handoff
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Lapse:
+    """The engine may forget the handoff; granted pages stay in transit until `Land`."""
+
+    handoff: Handoff
+
+
+@dataclass(frozen=True, slots=True)
+class Land:
+    """Nothing can write into the lapsed handoff's pages any more: the engine may use them again."""
+
+    handoff: Handoff
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Post receives, then tell `expected` where."""
+
+    handoff: Handoff
+    grant: int
+    pages: tuple[int, ...]
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """Give the grant's receives up; the transfer answers with `Landed`."""
+
+    grant: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePeer:
+    """Close this side of the transfer link to a dead or restarted prefill: all its grants land."""
+
+    peer: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """All pages are verified: the sequence runs from here on, its gateway is told, the first token repeated."""
+
+    handoff: Handoff
+    offer: Offer
+    token: Token
+
+
+Action: TypeAlias = Send | Reserve | Lapse | Land | Expect | Abandon | ClosePeer | Commit
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+class Stage(Enum):
+    LINED_UP = auto()
+    """In the engine's line."""
+    GRANTED = auto()
+    """Pages in transit, receives posted."""
+    COMMITTED = auto()
+    """Verified and running (or already over); kept to answer repeats."""
+    ABANDONED = auto()
+    """Given up with receives posted: waiting for them to complete."""
+
+
+@dataclass(eq=False)
+class Arrival:
+    """One offered handoff."""
+
+    offer: Offer
+    stage: Stage
+    deadline: float
+    grant: int = -1
+    pages: tuple[int, ...] = ()
+    granted: Granted | None = None
+    word: Pushed | None = None
+    arrived: Arrived | None = None
+
+
+class Inbound:
+    """All handoffs offered to one decode, by (prefill, number)."""
+
+    def __init__(self, page_tokens: int, max_request_tokens: int) -> None:
+        self._page_tokens = page_tokens
+        self._max_request_tokens = max_request_tokens
+        self._arrivals: dict[Handoff, Arrival] = {}
+        self._by_grant: dict[int, Handoff] = {}
+        self._links: dict[Incarnation, int] = {}
+        self._last_grant = 0
+        self.draining = False
+        self.rejections = 0
+
+    def __len__(self) -> int:
+        """Handoffs that are neither committed nor over."""
+        return sum(arrival.stage is not Stage.COMMITTED for arrival in self._arrivals.values())
+
+    # ------------------------------------------------------------------------------------------------ what prefill says
+
+    def offer(self, peer: Incarnation, offer: Offer, now: float) -> list[Action]:
+        handoff = (peer, offer.handoff)
+        known = self._arrivals.get(handoff)
+        if known is not None:
+            return [self._again(peer, known)]
+        reason = self._refusal(offer)
+        if reason is not None:
+            return [Send(peer, Refused(offer.handoff, reason))]
+        self._arrivals[handoff] = Arrival(offer, Stage.LINED_UP, now + offer.deadline_s)
+        sequence = sequence_of(offer.job, offer.key, parks=False, now=now)
+        return [Reserve(handoff, sequence), Send(peer, Waiting(offer.handoff))]
+
+    def pushed(self, peer: Incarnation, word: Pushed) -> list[Action]:
+        handoff = (peer, word.handoff)
+        arrival = self._arrivals.get(handoff)
+        if arrival is None or arrival.stage in (Stage.LINED_UP, Stage.ABANDONED) or arrival.grant != word.grant:
+            return [Send(peer, Refused(word.handoff, "no such grant"))]
+        if arrival.stage is Stage.COMMITTED:
+            return [Send(peer, Committed(word.handoff))]
+        arrival.word = word
+        return self._judge(handoff, arrival)
+
+    def withdraw(self, peer: Incarnation, number: int) -> list[Action]:
+        """Prefill has given it up. One that is committed goes on: the gateway decides between two runners."""
+        handoff = (peer, number)
+        arrival = self._arrivals.get(handoff)
+        if arrival is None or arrival.stage is Stage.COMMITTED:
+            return [Send(peer, Withdrawn(number))]
+        return [*self._abandon(handoff, arrival), Send(peer, Withdrawn(number, arrival.granted))]
+
+    def beat(self, peer: Incarnation, link: int, pursued: list[int]) -> list[Action]:
+        """A raised link number means that prefill has closed its side; what it does not pursue any more is over."""
+        actions: list[Action] = []
+        if self._links.setdefault(peer, link) != link:
+            actions += self._close(peer)
+            self._links[peer] = link
+        wanted = set(pursued)
+        for handoff, arrival in list(self._arrivals.items()):
+            if handoff[0] != peer or handoff[1] in wanted:
+                continue
+            if arrival.stage is Stage.COMMITTED:
+                del self._arrivals[handoff]
+            else:
+                actions += self._abandon(handoff, arrival)
+        return actions
+
+    def peer_dead(self, peer: Incarnation) -> list[Action]:
+        self._links.pop(peer, None)
+        return self._close(peer)
+
+    # ------------------------------------------------------------------------------------ what engine and transfer say
+
+    def granted(self, handoff: Handoff, pages: tuple[int, ...]) -> list[Action]:
+        """The engine has reserved pages: those for known ids first, then room to grow."""
+        arrival = self._arrivals.get(handoff)
+        if arrival is None or arrival.stage is not Stage.LINED_UP:
+            return [Land(handoff)]
+        self._last_grant += 1
+        needed = -(-arrival.offer.length // self._page_tokens)
+        arrival.stage, arrival.grant, arrival.pages = Stage.GRANTED, self._last_grant, pages[:needed]
+        self._by_grant[arrival.grant] = handoff
+        return [Expect(handoff, arrival.grant, arrival.pages, tuple(range(needed)))]
+
+    def expected(self, handoff: Handoff, rank: GrantedRank) -> list[Action]:
+        """Receives are posted: prefill may push."""
+        arrival = self._arrivals[handoff]
+        arrival.granted = Granted(handoff[1], arrival.grant, list(arrival.pages), [rank])
+        return [Send(handoff[0], arrival.granted)]
+
+    def arrived(self, event: Arrived) -> list[Action]:
+        handoff = self._by_grant.get(event.grant)
+        if handoff is None:
+            return []
+        arrival = self._arrivals[handoff]
+        arrival.arrived = event
+        return self._judge(handoff, arrival)
+
+    def landed(self, grant: int) -> list[Action]:
+        handoff = self._by_grant.pop(grant, None)
+        if handoff is None:
+            return []
+        self._arrivals.pop(handoff, None)
+        return [Land(handoff)]
+
+    # ---------------------------------------------------------------------------------------------- what others decide
+
+    def cancel(self, key: Key) -> list[Action]:
+        """The gateway wants nothing of this execution (an empty execution matches any)."""
+        actions: list[Action] = []
+        for handoff, arrival in list(self._arrivals.items()):
+            if key.covers(arrival.offer.key) and arrival.stage in (Stage.LINED_UP, Stage.GRANTED):
+                actions += [*self._abandon(handoff, arrival), Send(handoff[0], Refused(handoff[1], "cancelled"))]
+        return actions
+
+    def drain(self) -> list[Action]:
+        """Take nothing new; what stands in line goes elsewhere, what is in transit may still arrive."""
+        self.draining = True
+        actions: list[Action] = []
+        for handoff, arrival in list(self._arrivals.items()):
+            if arrival.stage is Stage.LINED_UP:
+                actions += [*self._abandon(handoff, arrival), Send(handoff[0], Refused(handoff[1], "draining"))]
+        return actions
+
+    def tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for handoff, arrival in list(self._arrivals.items()):
+            if now > arrival.deadline and arrival.stage in (Stage.LINED_UP, Stage.GRANTED):
+                actions += [*self._abandon(handoff, arrival), Send(handoff[0], Refused(handoff[1], "the deadline has passed"))]
+        return actions
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _refusal(self, offer: Offer) -> str | None:
+        if self.draining:
+            return "draining"
+        return unfit(offer.job, self._max_request_tokens)
+
+    def _again(self, peer: Incarnation, known: Arrival) -> Action:
+        number = known.offer.handoff
+        match known.stage:
+            case Stage.COMMITTED:
+                return Send(peer, Committed(number))
+            case Stage.GRANTED if known.granted is not None:
+                return Send(peer, known.granted)
+            case Stage.ABANDONED:
+                return Send(peer, Refused(number, "given up"))
+        return Send(peer, Waiting(number))
+
+    def _judge(self, handoff: Handoff, arrival: Arrival) -> list[Action]:
+        """Commit if what arrived is what was sent, page by page (rule 10)."""
+        word, arrived = arrival.word, arrival.arrived
+        if word is None or arrived is None or arrival.stage is not Stage.GRANTED:
+            return []
+        sent = word.checksums[0] if word.checksums else []
+        wrong = [i for i, (theirs, ours) in enumerate(zip(sent, arrived.checksums, strict=False)) if theirs != ours]
+        if len(sent) != len(arrived.checksums):
+            wrong = list(range(len(arrival.pages)))
+        if wrong:
+            self.rejections += 1
+            return [*self._abandon(handoff, arrival), Send(handoff[0], Rejected(handoff[1], 0, wrong))]
+        del self._by_grant[arrival.grant]
+        arrival.stage = Stage.COMMITTED
+        return [Commit(handoff, arrival.offer, word.tokens[0][1]), Send(handoff[0], Committed(handoff[1]))]
+
+    def _abandon(self, handoff: Handoff, arrival: Arrival) -> list[Action]:
+        match arrival.stage:
+            case Stage.LINED_UP:
+                del self._arrivals[handoff]
+                return [Lapse(handoff)]
+            case Stage.GRANTED:
+                arrival.stage = Stage.ABANDONED
+                return [Lapse(handoff), Abandon(arrival.grant)]
+        return []
+
+    def _close(self, peer: Incarnation) -> list[Action]:
+        actions: list[Action] = []
+        for handoff, arrival in list(self._arrivals.items()):
+            if handoff[0] != peer:
+                continue
+            if arrival.stage is Stage.COMMITTED:
+                del self._arrivals[handoff]
+            actions += [action for action in self._abandon(handoff, arrival) if isinstance(action, Lapse)]
+        return [*actions, ClosePeer(peer)]

@@ -1,0 +1,130 @@
+"""The decode worker: pages from the prefills, tokens to the gateways."""
+
+from __future__ import annotations
+
+import time
+from typing import ClassVar
+
+from redis.asyncio import Redis
+
+from common.beats import Liveness
+from common.logs import get_logger
+from common.messages import PROTOCOL, Identity, Incarnation, Key, Letter, Mismatch, Offer, PeerBeat, Pushed, Role, Withdraw
+from common.service import Service
+from common.settings import WorkerSettings
+from services.decode.core import Action, DecodeCore
+from services.decode.inbound import Abandon, ClosePeer, Commit, Expect, Inbound, Land, Lapse, Reserve, Send
+from services.engine.plan import Outcome
+from services.transfer.protocol import Arrived, Landed, TransferEvent
+from services.transfer.ucx import UcxTransfer
+from services.worker.room import Room
+from services.worker.runs import Runs
+from services.worker.worker import Worker
+
+log = get_logger(__name__)
+
+
+class DecodeWorker(Worker[Action]):
+    role: ClassVar[Role] = "decode"
+
+    def __init__(self, room: Room, settings: WorkerSettings, service: Service, redis: Redis, identity: Identity) -> None:
+        super().__init__(room, settings, service, redis, identity)
+        most = identity.max_request_pages * room.layout.page_tokens
+        self._core = DecodeCore(self.gateways.outbox, Inbound(room.layout.page_tokens, most), max_request_tokens=most)
+        self._transfer = UcxTransfer(room.pool.bytes, room.shard, self._transferred, checksums=settings.checksums, faults=settings.fault)
+        self._prefills = Liveness()
+
+    # ----------------------------------------------------------------------------------------------------------- hooks
+
+    @property
+    def runs(self) -> Runs:
+        return self._core.runs
+
+    def outcome(self, outcome: Outcome, now: float) -> list[Action]:
+        return self._core.outcome(outcome, now)
+
+    def cancel(self, key: Key, now: float) -> list[Action]:
+        return self._core.cancel(key, now)
+
+    def over(self, key: Key) -> list[Action]:
+        return self._core.over(key)
+
+    def drain(self, now: float) -> list[Action]:
+        return self._core.drain(now)
+
+    def letter(self, letter: Letter) -> None:
+        now = time.monotonic()
+        body, peer = letter.body, letter.sender
+        if isinstance(body, PeerBeat):
+            reason = self._mismatch(body)
+            if reason is not None:
+                self.server.send(peer, Mismatch(reason))
+                return
+            self._prefills.heard(peer, now)
+        if isinstance(body, PeerBeat | Offer | Pushed | Withdraw):
+            if isinstance(body, Offer):
+                self.gateways.meet(body.job.gateway, body.job.tokens_address)
+            self.do(self._core.letter(peer, body, now))
+        else:
+            super().letter(letter)
+
+    def tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for peer, reason in self._prefills.dead(now):
+            log.warning("prefill lost", prefill=peer, reason=reason)
+            self._prefills.forget(peer)
+            actions += self._core.peer_dead(peer, now)
+        facts = self.facts()
+        for peer in self._prefills.alive:
+            self.server.send(peer, facts)
+        return actions + self._core.tick(now)
+
+    def perform(self, action: Action) -> None:
+        scheduler = self.room.scheduler
+        match action:
+            case Send(to, body):
+                self.server.send(to, body)
+            case Reserve(handoff, sequence):
+                self.engine.post(scheduler.reserve, handoff, sequence)
+            case Lapse(handoff):
+                self.engine.post(scheduler.lapse, handoff)
+            case Land(handoff):
+                self.engine.post(scheduler.landed, handoff)
+            case Expect(handoff, grant, pages, indices):
+                rank = self._transfer.expect(handoff[0], grant, pages, indices)
+                self.do([*self._core.inbound.expected(handoff, rank)])
+            case Abandon(grant):
+                self._transfer.abandon(grant)
+            case ClosePeer(peer):
+                self._transfer.close_peer(peer)
+            case Commit(handoff, _, token):
+                self.engine.post(scheduler.admit, handoff, token)
+
+    def close(self) -> None:
+        self._transfer.close()
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _mismatch(self, beat: PeerBeat) -> str | None:
+        """Why a prefill cannot hand over to this decode, or None. Unequal shards come with parallelism."""
+        if beat.protocol != PROTOCOL:
+            return f"protocol {beat.protocol}, this decode speaks {PROTOCOL}"
+        if (beat.fleet, beat.fingerprint) != (self.settings.fleet, self.identity.fingerprint):
+            return f"fleet {beat.fleet} and fingerprint {beat.fingerprint}, this decode has {self.identity.fingerprint}"
+        if beat.layout != self.room.layout or beat.shards != [self.room.shard]:
+            return f"pages of {beat.layout} on {beat.shards}, this decode has {self.room.layout} on {[self.room.shard]}"
+        return None
+
+    def _transferred(self, event: TransferEvent) -> None:
+        """On the transfer's thread."""
+        self._loop.call_soon_threadsafe(self._on_transferred, event)
+
+    def _on_transferred(self, event: TransferEvent) -> None:
+        now = time.monotonic()
+        match event:
+            case Arrived():
+                self.do(self._core.arrived(event, now))
+            case Landed():
+                self.do(self._core.landed(event, now))
+            case _:
+                raise AssertionError(f"a decode pushes no pages: {event}")

@@ -1,0 +1,57 @@
+"""Token budgets from a measurement at start: how long a prompt saturates this device, and how long a chunk may be."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from common.messages import Key, Sampling
+from services.engine.plan import Chunk, Plan
+from services.engine.runner import Runner
+from services.engine.sequence import Sequence
+
+LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+NEAR_BEST = 0.9
+"""A length saturates the device if its rate is this close to the best seen."""
+BUDGET_S = 2.0
+"""The measurement stops growing once it has taken this long."""
+LONGEST_STEP_S = 15.0
+"""A launch that takes longer counts as hung (and never less than many chunks' time: machines stutter)."""
+SLACK = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """`rate` is in prompt tokens per second."""
+
+    budget_tokens: int
+    chunk_tokens: int
+    longest_step_s: float
+    rate: float
+
+
+def measure(runner: Runner, page_tokens: int, pages: int, chunk_s: float) -> Budgets:
+    """Time prompts of growing length on an idle engine. Uses the pool's first pages, before anybody else does."""
+    rates: dict[int, float] = {}
+    started = time.perf_counter()
+    most = pages * page_tokens
+    for length in [length for length in LENGTHS if length <= most] or [most]:
+        if rates:
+            spent = time.perf_counter() - started
+            if spent > BUDGET_S or spent + 2 * length / max(rates.values()) > 2 * BUDGET_S:
+                break
+        else:
+            _time(runner, length, page_tokens)
+        rates[length] = length / _time(runner, length, page_tokens)
+    best = max(rates.values())
+    budget = next(length for length, rate in rates.items() if rate >= NEAR_BEST * best)
+    chunk = max(page_tokens, int(best * chunk_s * NEAR_BEST) // page_tokens * page_tokens)
+    return Budgets(budget, chunk, max(LONGEST_STEP_S, SLACK * chunk_s), best)
+
+
+def _time(runner: Runner, length: int, page_tokens: int) -> float:
+    sequence = Sequence(Key("calibration", 0, 0, ""), [i % 997 for i in range(length)], length, Sampling(temperature=0), 1)
+    sequence.pages = list(range(-(-length // page_tokens)))
+    before = time.perf_counter()
+    runner.collect(runner.launch(Plan(0, (Chunk(sequence, 0, length, draws=True, index=0),))))
+    return time.perf_counter() - before

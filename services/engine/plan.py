@@ -1,0 +1,138 @@
+"""What the scheduler, the runner and the worker tell each other. Small frozen structs; no torch, no clock.
+
+A step is `plan = scheduler.next(); ticket = runner.launch(plan); …; scheduler.commit(plan, runner.collect(ticket))`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from common.messages import FinishReason, Key, Logprob, Token
+from services.engine.sequence import Sequence
+
+Handoff: TypeAlias = tuple[str, int]
+"""A handoff seen from the decode: (prefill's incarnation, its number)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Compute KV for `ids[start : start + tokens]` of a sequence into its pages. A decode step is a chunk of one token."""
+
+    sequence: Sequence
+    start: int
+    tokens: int
+    draws: bool
+    """The chunk ends the known ids: draw the next token from its last position."""
+    index: int
+    """Absolute index of the token it draws (meaningless unless `draws`)."""
+    pending: bool = False
+    """The chunk's input id is the one being drawn by the ticket still in flight: the runner takes it from there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One launch: chunks of distinct sequences, in the order in which the runner packs them."""
+
+    number: int
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A drawn token."""
+
+    id: int
+    logprob: Logprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """`draws[i]` belongs to `plan.chunks[i]`; None where the chunk draws nothing."""
+
+    draws: tuple[Draw | None, ...]
+
+
+# ------------------------------------------------------------------------------- outcomes: what the worker has to know
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """A sequence is in a plan for the first time on this worker; `pages` are the ones it has now, in order."""
+
+    key: Key
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A prefill chunk was collected: KV of the first `tokens` tokens is in place, so `tokens // page_tokens` pages are final."""
+
+    key: Key
+    tokens: int
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A new output token. With `finish` the sequence has ended and its pages are free; a parking one otherwise keeps them."""
+
+    key: Key
+    token: Token
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """Pages for an inbound handoff have been reserved and are in transit from now on."""
+
+    handoff: Handoff
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """The sequence lost its pages to older ones; it is gone from this engine."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A launch raised; every sequence in it is gone from this engine."""
+
+    key: Key
+    error: str
+
+
+Outcome: TypeAlias = Began | Computed | Drawn | Granted | Preempted | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class PoolCounts:
+    """Pages by state; `free + cached + held + in_transit == total` always."""
+
+    total: int
+    free: int
+    cached: int
+    held: int
+    in_transit: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The engine's state after a step, for beats, claims and metrics."""
+
+    step: int
+    """Launches collected so far."""
+    in_flight: int
+    """Launches not yet collected."""
+    waiting: int
+    """Sequences submitted and not begun."""
+    unplanned_tokens: int
+    """Prompt tokens of waiting and of half-prefilled sequences that no launch contains yet."""
+    running: int
+    parked: int
+    inbound: int
+    """Handoffs in line or in transit."""
+    pool: PoolCounts

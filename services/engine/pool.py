@@ -1,0 +1,58 @@
+"""The tensor that holds a worker's KV: one allocation, `[pages, layers, 2, kv_heads, page_tokens, head_dim]`.
+
+All layers of a page are one run of bytes, so a page is one message for the transfer. A layer's view is strided.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.errors import StartError
+from common.messages import Layout
+
+RESERVE_BYTES = 256 << 20
+"""Left free on the device beside the pool, for activations and for what others allocate."""
+
+
+class Pool:
+    """Never freed and never moved: the transfer reads and writes it by address. Contents are finite from the start."""
+
+    def __init__(self, layout: Layout, pages: int, device: torch.device | str) -> None:
+        self.layout = layout
+        self.pages = pages
+        shape = (pages, layout.layers, 2, layout.kv_heads, layout.page_tokens, layout.head_dim)
+        try:
+            self.tensor = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
+        except RuntimeError as error:
+            raise StartError(f"no memory for {pages} pages of {layout.page_bytes} bytes: {error}") from error
+
+    @property
+    def bytes(self) -> Tensor:
+        """uint8 `[pages, page_bytes]`, the same memory."""
+        return self.tensor.view(self.pages, -1).view(torch.uint8)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each `[pages, kv_heads, page_tokens, head_dim]`, strided."""
+        return self.tensor[:, layer, 0], self.tensor[:, layer, 1]
+
+
+def fit_pages(layout: Layout, device: torch.device, fraction: float, needed: int) -> int:
+    """Pages that `fraction` of the free memory holds after the reserve, at least `needed`. Raises StartError if those do not fit."""
+    free = _free_bytes(device) - RESERVE_BYTES
+    if free < needed * layout.page_bytes:
+        raise StartError(
+            f"{free >> 20} MiB are free for KV on {device}, one request of the largest size needs {needed * layout.page_bytes >> 20} MiB: "
+            "lower max_request_tokens"
+        )
+    return max(needed, int(free * fraction) // layout.page_bytes)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    raise StartError("free memory cannot be read; set pages")

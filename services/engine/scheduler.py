@@ -1,0 +1,285 @@
+"""Decides what each launch contains and who has which pages. Pure Python: no torch, no clock, no socket; one thread at a time.
+
+Who gets pages, in this order: running sequences that grow, oldest first; offers in line; waiting prompts. Who loses them: the youngest
+running or prefilling sequence that is not reserved in full. A page is never given back while a launch in flight names it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from operator import attrgetter
+
+from common.messages import Key, Token
+from services.engine.inbound import InboundLine
+from services.engine.pages import PagePool
+from services.engine.plan import Began, Chunk, Computed, Drawn, Failed, Granted, Handoff, Outcome, Plan, Preempted, Snapshot, StepOutput
+from services.engine.policies import POLICIES, Limits, PolicyName
+from services.engine.run import Roster, Run, Stage, most_here
+from services.engine.sequence import Sequence
+
+
+class Scheduler:
+    """Continuous batching over one page pool. With `depth` 2 the next launch is planned before the last one is collected."""
+
+    def __init__(self, pool: PagePool, policy: PolicyName, limits: Limits, *, depth: int = 1) -> None:
+        if depth < 1:
+            raise ValueError(f"{depth} launches in flight")
+        self._pool = pool
+        self._policy = POLICIES[policy]
+        self._limits = limits
+        self._depth = depth
+        self._roster = Roster(pool)
+        self._inbound = InboundLine(pool)
+        self._flights: deque[tuple[Plan, list[Run]]] = deque()
+        self._planned = 0
+        self._collected = 0
+        self._outcomes: list[Outcome] = []
+
+    # -------------------------------------------------------------------------------------------------------- commands
+
+    def submit(self, sequence: Sequence) -> None:
+        """A prompt to compute. Raises ValueError if it can never fit, or if its key is here already."""
+        self._check_fits(sequence)
+        self._roster.accept(sequence, Stage.WAITING)
+
+    def cancel(self, key: Key) -> None:
+        """Forget this execution, whatever its state; an empty execution means any of that attempt. Unknown ones are fine."""
+        for run in [run for run in self._roster.runs.values() if key.covers(run.sequence.key)]:
+            self._roster.drop(run)
+        for handoff, sequence in self._inbound.sequences():
+            if key.covers(sequence.key):
+                self.lapse(handoff)
+
+    def release(self, key: Key) -> None:
+        """Handed over: its pages may go. Unknown executions are fine."""
+        run = self._roster.runs.get(key)
+        if run is not None:
+            self._roster.drop(run)
+
+    def reserve(self, handoff: Handoff, sequence: Sequence) -> None:
+        """Stand in line for pages; `Granted` says when its turn has come. Repeats are fine. Raises ValueError if it can never fit."""
+        self._check_fits(sequence)
+        if self._inbound.reserve(handoff, sequence):
+            self._roster.inside.add(sequence)
+
+    def admit(self, handoff: Handoff, token: Token) -> None:
+        """All pages of the grant are verified, and prefill drew `token`: the sequence runs from now on, unless its execution runs here
+        already through another handoff. Raises ValueError without a live grant, or if the token is not the next one."""
+        sequence, pages = self._inbound.admit(handoff)
+        self._roster.inside.discard(sequence)
+        if sequence.key in self._roster.runs:
+            self._pool.release(pages)
+            return
+        run = self._roster.accept(sequence, Stage.RUNNING)
+        self._roster.give(run, pages)
+        sequence.planned = sequence.computed = run.known
+        self._append(run, token, drawn=False)
+
+    def lapse(self, handoff: Handoff) -> None:
+        """The handoff is given up. Pages that it has been granted stay in transit until `landed`."""
+        sequence = self._inbound.lapse(handoff)
+        if sequence is not None:
+            self._roster.inside.discard(sequence)
+
+    def landed(self, handoff: Handoff) -> None:
+        """Nothing can write into the pages of this handoff's grant any more."""
+        sequence = self._inbound.landed(handoff)
+        if sequence is not None:
+            self._roster.inside.discard(sequence)
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    def next(self) -> Plan | None:
+        """The next launch, in flight from now on; None if there is nothing to do or enough is in flight."""
+        if len(self._flights) >= self._depth:
+            return None
+        growing, short = self._grow()
+        if not short:
+            self._grant()
+        ready = self._ready(short)
+        share = self._policy([run.lacking for run in ready], len(growing), self._limits)
+        runs = growing[: share.decodes]
+        chunks = [self._decode(run) for run in runs]
+        for run, tokens in zip(ready, share.prefill, strict=False):
+            chunks.append(self._prefill(run, tokens))
+            runs.append(run)
+        if not chunks:
+            return None
+        for run, chunk in zip(runs, chunks, strict=True):
+            run.flights += 1
+            run.ahead += chunk.draws
+            sequence = run.sequence
+            sequence.planned += chunk.tokens
+            if not sequence.began:
+                sequence.began = True
+                self._outcomes.append(Began(sequence.key, tuple(sequence.pages)))
+        self._planned += 1
+        plan = Plan(self._planned, tuple(chunks))
+        self._flights.append((plan, runs))
+        return plan
+
+    def commit(self, plan: Plan, output: StepOutput) -> None:
+        """A launch has been collected: the oldest in flight. Raises ValueError on another one, or if draws are missing."""
+        if not self._flights or self._flights[0][0] is not plan:
+            raise ValueError(f"launch {plan.number} is not the oldest in flight")
+        _, runs = self._flights.popleft()
+        self._collected += 1
+        for run, chunk, draw in zip(runs, plan.chunks, output.draws, strict=True):
+            if not self._roster.collected(run):
+                continue
+            sequence = run.sequence
+            sequence.computed = chunk.start + chunk.tokens
+            if chunk.start < run.known:
+                self._outcomes.append(Computed(sequence.key, sequence.computed, tuple(sequence.pages)))
+            if chunk.draws:
+                if draw is None:
+                    raise ValueError(f"launch {plan.number} drew no token for {sequence.key}")
+                run.ahead -= 1
+                self._append(run, Token(chunk.index, draw.id, draw.logprob), drawn=True)
+
+    def abort(self, plan: Plan, error: str) -> None:
+        """A launch raised, or its collection did: every sequence in it has failed. Raises ValueError if it is not in flight."""
+        for flight in self._flights:
+            if flight[0] is plan:
+                break
+        else:
+            raise ValueError(f"launch {plan.number} is not in flight")
+        self._flights.remove(flight)
+        self._collected += 1
+        for run in flight[1]:
+            if self._roster.collected(run):
+                self._roster.drop(run)
+                self._outcomes.append(Failed(run.sequence.key, error))
+
+    # --------------------------------------------------------------------------------------------------------- reports
+
+    def take_outcomes(self) -> list[Outcome]:
+        """What has happened since the last call, in order."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def snapshot(self) -> Snapshot:
+        roster = self._roster
+        return Snapshot(
+            step=self._collected,
+            in_flight=len(self._flights),
+            waiting=len(roster.waiting),
+            unplanned_tokens=roster.unplanned_tokens,
+            running=len(roster.prefilling) + len(roster.running),
+            parked=len(roster.parked),
+            inbound=len(self._inbound),
+            pool=self._pool.counts,
+        )
+
+    def find(self, key: Key) -> Sequence | None:
+        run = self._roster.runs.get(key)
+        return None if run is None else run.sequence
+
+    def keys(self) -> tuple[Key, ...]:
+        """Every execution that waits, runs or is parked here."""
+        return tuple(self._roster.runs)
+
+    # ----------------------------------------------------------------------------------------------------------- pages
+
+    def _check_fits(self, sequence: Sequence) -> None:
+        pages = self._pool.pages_for(most_here(sequence))
+        if pages > self._pool.total:
+            raise ValueError(f"{sequence.key} may need {pages} pages, the pool has {self._pool.total}")
+
+    def _first_pages(self, sequence: Sequence, growth_pages: int) -> int:
+        """Pages it gets before its first launch here."""
+        known, most = self._pool.pages_for(len(sequence.ids)), self._pool.pages_for(most_here(sequence))
+        return most if sequence.reserve_all else min(known + growth_pages, most)
+
+    def _grow(self) -> tuple[list[Run], bool]:
+        """The running sequences that can draw one more token, oldest first, with a page for it. True: one that could not have its page
+        waits for pages that launches in flight still name, so nobody else may take any."""
+        growing: list[Run] = []
+        short = 0
+        for run in self._roster.running.copy():
+            if run.stage is not Stage.RUNNING or run.sequence.planned >= run.most:
+                continue
+            while run.sequence.planned >= run.room:
+                page = self._pool.allocate(1)
+                if page is not None:
+                    self._roster.give(run, page)
+                elif self._roster.leaving_pages > short:
+                    short += 1
+                    break
+                else:
+                    # Never one that is in `growing` already: those are older, and the needy one itself is a candidate.
+                    victim = self._roster.youngest()
+                    self._roster.drop(victim)
+                    self._outcomes.append(Preempted(victim.sequence.key))
+                    if victim is run:
+                        break
+            else:
+                growing.append(run)
+        return growing, short > 0
+
+    def _grant(self) -> None:
+        """Pages for the offers in line, strictly in turn. A prompt that must run alone holds them up, or it would never start."""
+        waiting = self._roster.waiting
+        while (head := self._inbound.head) is not None and self._roster.may_enter(head):
+            if waiting and waiting[0].sequence.alone and not head.alone:
+                return
+            granted = self._inbound.grant(self._first_pages(head, self._limits.growth_pages))
+            if granted is None:
+                return
+            self._roster.inside.add(head)
+            self._outcomes.append(Granted(*granted))
+
+    def _ready(self, short: bool) -> list[Run]:
+        """Prompts with their pages and, strictly in turn, those that could have theirs now; enough of them for any policy."""
+        roster, limits = self._roster, self._limits
+        head = self._inbound.head
+        if short or not roster.waiting or (head is not None and head.alone):
+            return roster.prefilling.copy()
+        ready = roster.prefilling.copy()
+        places = limits.max_batch - len(roster.prefilling) - len(roster.running)
+        pages = self._pool.available
+        tokens = 0
+        for run in roster.waiting:
+            places -= 1
+            pages -= self._first_pages(run.sequence, 0)
+            crowded = run.sequence.alone and len(ready) > 0
+            if places < 0 or pages < 0 or tokens >= limits.budget_tokens or crowded or not roster.may_enter(run.sequence):
+                break
+            ready.append(run)
+            tokens += min(run.lacking, limits.chunk_tokens)
+            if run.sequence.alone:
+                break
+        ready.sort(key=attrgetter("rank"))
+        return ready
+
+    # ---------------------------------------------------------------------------------------------------------- chunks
+
+    def _decode(self, run: Run) -> Chunk:
+        return Chunk(run.sequence, run.sequence.planned, 1, True, run.sequence.index + run.ahead, run.ahead > 0)
+
+    def _prefill(self, run: Run, tokens: int) -> Chunk:
+        if run.stage is Stage.WAITING:
+            pages = self._pool.allocate(self._first_pages(run.sequence, 0))
+            assert pages is not None, "a prompt was ready without pages for it"
+            self._roster.give(run, pages)
+            self._roster.move(run, Stage.PREFILLING)
+        self._roster.unplanned_tokens -= tokens
+        draws = tokens == run.lacking
+        chunk = Chunk(run.sequence, run.sequence.planned, tokens, draws, run.sequence.index)
+        if draws:
+            self._roster.move(run, Stage.RUNNING)
+        return chunk
+
+    def _append(self, run: Run, token: Token, *, drawn: bool) -> None:
+        """The sequence's next output token, which may be its last one here. One that prefill drew is news only if it ends it."""
+        sequence = run.sequence
+        if token.index != sequence.index:
+            raise ValueError(f"token {token.index} of {sequence.key} comes where {sequence.index} is due")
+        sequence.ids.append(token.id)
+        finish = sequence.ends_with(token.id)
+        if drawn or finish is not None:
+            self._outcomes.append(Drawn(sequence.key, token, finish))
+        if finish is not None:
+            self._roster.drop(run)
+        elif sequence.parks:
+            self._roster.move(run, Stage.PARKED)

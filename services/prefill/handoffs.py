@@ -1,0 +1,373 @@
+"""Prefill's half of the handoff: offer, push, wait for `Committed`, or withdraw and offer elsewhere. Pure: no socket, no clock, no UCX.
+
+Told what happened, it answers with actions. A handoff number is used for one offer to one decode; whatever goes wrong (refusal,
+deadline, failed push, rejected page, dead peer) ends that handoff and starts another. Until `Committed` the pages stay here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from msgspec.structs import replace
+
+from common.messages import (
+    Committed,
+    Granted,
+    GrantedRank,
+    Incarnation,
+    Job,
+    Key,
+    Offer,
+    Pushed,
+    Refused,
+    Rejected,
+    Token,
+    Waiting,
+    Withdraw,
+    Withdrawn,
+)
+from services.transfer.protocol import PushFailed, Sent
+
+REPEAT_S = 0.5
+"""A control request is repeated this often until it is answered."""
+OFFER_S = 5.0
+"""An offer that stands in line longer is withdrawn and made elsewhere (if there is an elsewhere)."""
+ANSWER_S = 5.0
+"""A live decode that has not judged pushed pages by then is given up."""
+
+# ------------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A control message to a decode."""
+
+    to: Incarnation
+    body: Offer | Pushed | Withdraw
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """Send final pages."""
+
+    to: Incarnation
+    rank: GrantedRank
+    handoff: int
+    grant: int
+    pages: tuple[int, ...]
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishPush:
+    """All pages of the grant have been given to `Push`."""
+
+    handoff: int
+    grant: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Complete the receives of pages that will never be pushed."""
+
+    to: Incarnation
+    rank: GrantedRank
+    handoff: int
+    grant: int
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ResetLink:
+    """The way for pages to this decode is broken: close it on this side, and say so (`PeerBeat.link`) before anything else."""
+
+    peer: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """`to` has committed: the pages may go, the gateway is told, the job is acknowledged."""
+
+    key: Key
+    to: Incarnation
+    transfer_s: float
+
+
+Action: TypeAlias = Send | Push | FinishPush | Flush | ResetLink | HandedOver
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a decode's latest beat says, for choosing among two."""
+
+    running: int
+    free_pages: int
+
+
+# --------------------------------------------------------------------------------------------------------------- state
+
+
+@dataclass(eq=False)
+class Handoff:
+    """One offer to one decode."""
+
+    number: int
+    peer: Incarnation
+    offer: Offer
+    offered_at: float
+    asked_at: float
+    granted: Granted | None = None
+    pushed: int = 0
+    """Pages given to `Push`, from the first on."""
+    finished: bool = False
+    word: Pushed | None = None
+    """Said once all pages have left; repeated until judged."""
+    word_at: float = 0.0
+    flushed: bool = False
+
+
+@dataclass(eq=False)
+class Going:
+    """An execution on its way to a decode."""
+
+    key: Key
+    job: Job
+    length: int
+    hashes: list[bytes]
+    began_at: float
+    pages: tuple[int, ...] = ()
+    final_pages: int = 0
+    """Pages whose KV no chunk will touch again."""
+    first: Token | None = None
+    first_at: float = 0.0
+    handoff: Handoff | None = None
+    avoid: set[Incarnation] = field(default_factory=set)
+    rejections: int = 0
+
+
+class Handoffs:
+    """All handoffs of one prefill. `decodes` must be kept current; a dead one is told by `peer_dead`."""
+
+    def __init__(self, page_tokens: int, rng: random.Random | None = None) -> None:
+        self._page_tokens = page_tokens
+        self._rng = rng or random.Random()
+        self._going: dict[Key, Going] = {}
+        self._by_number: dict[int, Going] = {}
+        self._withdrawing: dict[int, Handoff] = {}
+        self._decodes: Mapping[Incarnation, Load] = {}
+        self._last = 0
+        self.failures = 0
+
+    def __len__(self) -> int:
+        return len(self._going)
+
+    def pursued(self, peer: Incarnation) -> list[int]:
+        """For the beat to this decode: every handoff with it that is not given up."""
+        return [going.handoff.number for going in self._going.values() if going.handoff and going.handoff.peer == peer]
+
+    def decodes(self, live: Mapping[Incarnation, Load]) -> None:
+        self._decodes = live
+
+    # ------------------------------------------------------------------------------------------- what the engine says
+
+    def begin(self, key: Key, job: Job, length: int, hashes: list[bytes], pages: tuple[int, ...], now: float) -> list[Action]:
+        """The prompt has started: offer it now, so that the grant is there before the first page is final."""
+        going = self._going[key] = Going(key, job, length, hashes, now, pages)
+        return self._offer(going, now)
+
+    def computed(self, key: Key, tokens: int) -> list[Action]:
+        """A chunk is done: pages below `tokens` are final."""
+        going = self._going.get(key)
+        if going is None:
+            return []
+        going.final_pages = tokens // self._page_tokens
+        return self._push(going)
+
+    def drawn(self, key: Key, token: Token, now: float) -> list[Action]:
+        """The first token: every page is final, the last partial one too."""
+        going = self._going.get(key)
+        if going is None:
+            return []
+        going.first, going.first_at = token, now
+        going.final_pages = len(self._needed(going))
+        return self._push(going)
+
+    def drop(self, key: Key, now: float) -> list[Action]:
+        """Cancelled, finished or preempted: nothing is handed over any more."""
+        going = self._going.pop(key, None)
+        return [] if going is None else self._give_up(going, now)
+
+    # ---------------------------------------------------------------------------------------- what the transfer says
+
+    def sent(self, event: Sent, now: float) -> list[Action]:
+        going = self._by_number.get(event.handoff)
+        if going is None or going.handoff is None or going.first is None or going.handoff.word is not None:
+            return []
+        handoff = going.handoff
+        tokens = [(going.key.choice, going.first)]
+        handoff.word = Pushed(handoff.number, event.grant, tokens, [list(event.checksums)])
+        handoff.word_at = handoff.asked_at = now
+        return [Send(handoff.peer, handoff.word)]
+
+    def push_failed(self, event: PushFailed, now: float) -> list[Action]:
+        """One failed page condemns the link: everything on it starts again on a new one, here or elsewhere."""
+        going = self._by_number.get(event.handoff)
+        handoff = going.handoff if going is not None else self._withdrawing.get(event.handoff)
+        if handoff is None:
+            return []
+        if going is not None:
+            going.avoid = {handoff.peer}
+        return [ResetLink(handoff.peer), *self._restart(handoff.peer, now)]
+
+    # --------------------------------------------------------------------------------------------- what a decode says
+
+    def letter(self, peer: Incarnation, body: Waiting | Granted | Refused | Committed | Rejected | Withdrawn, now: float) -> list[Action]:
+        if isinstance(body, Withdrawn):
+            return self._withdrawn(peer, body)
+        gone = self._withdrawing.get(body.handoff)
+        if gone is not None and gone.peer == peer:
+            if isinstance(body, Granted) and gone.granted is None:
+                gone.granted = body
+                return self._flush(gone)
+            return []
+        going = self._by_number.get(body.handoff)
+        if going is None or going.handoff is None or going.handoff.peer != peer:
+            return []
+        handoff = going.handoff
+        match body:
+            case Waiting():
+                return []
+            case Granted():
+                if handoff.granted is not None:
+                    return []
+                handoff.granted = body
+                return self._push(going)
+            case Refused():
+                return self._elsewhere(going, now)
+            case Rejected():
+                going.rejections += 1
+                return self._elsewhere(going, now, avoid=going.rejections > 1)
+            case Committed():
+                del self._going[going.key], self._by_number[handoff.number]
+                return [HandedOver(going.key, peer, now - going.first_at)]
+
+    def peer_dead(self, peer: Incarnation, now: float) -> list[Action]:
+        """What was offered to it is offered elsewhere; what was withdrawn from it is over."""
+        self._decodes = {name: load for name, load in self._decodes.items() if name != peer}
+        return [ResetLink(peer), *self._restart(peer, now)]
+
+    def tick(self, now: float) -> list[Action]:
+        """Repeats, deadlines, and offers that found no decode before."""
+        actions: list[Action] = []
+        for gone in self._withdrawing.values():
+            if now - gone.asked_at >= REPEAT_S:
+                gone.asked_at = now
+                actions.append(Send(gone.peer, Withdraw(gone.number)))
+        for going in list(self._going.values()):
+            actions += self._tick_one(going, now)
+        return actions
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _tick_one(self, going: Going, now: float) -> list[Action]:
+        handoff = going.handoff
+        if handoff is None:
+            return self._offer(going, now)
+        if handoff.granted is None and now - handoff.offered_at > OFFER_S and len(self._decodes) > 1:
+            return self._elsewhere(going, now)
+        if handoff.word is not None and now - handoff.word_at > ANSWER_S:
+            return self._elsewhere(going, now)
+        if now - handoff.asked_at < REPEAT_S:
+            return []
+        handoff.asked_at = now
+        if handoff.word is not None:
+            return [Send(handoff.peer, handoff.word)]
+        return [Send(handoff.peer, handoff.offer)] if handoff.granted is None else []
+
+    def _needed(self, going: Going) -> range:
+        return range(-(-going.length // self._page_tokens))
+
+    def _offer(self, going: Going, now: float) -> list[Action]:
+        peer = self._choose(going.avoid)
+        if peer is None:
+            return []
+        self._last += 1
+        spent = now - going.began_at
+        job = replace(going.job, age_s=going.job.age_s + spent, deadline_s=going.job.deadline_s - spent)
+        offer = Offer(self._last, going.key, job, going.length, going.hashes, deadline_s=job.deadline_s)
+        going.handoff = Handoff(self._last, peer, offer, now, now)
+        self._by_number[self._last] = going
+        return [Send(peer, offer)]
+
+    def _choose(self, avoid: Iterable[Incarnation]) -> Incarnation | None:
+        """The less loaded of two decodes picked at random (the power of two choices); one to avoid only if it is the last."""
+        candidates = sorted(set(self._decodes) - set(avoid)) or sorted(self._decodes)
+        if not candidates:
+            return None
+        pair = self._rng.sample(candidates, min(2, len(candidates)))
+        return min(pair, key=lambda name: (self._decodes[name].running, -self._decodes[name].free_pages))
+
+    def _push(self, going: Going) -> list[Action]:
+        """Push what is final and not pushed yet; with the first token drawn, that is everything."""
+        handoff = going.handoff
+        if handoff is None or handoff.granted is None or handoff.finished:
+            return []
+        granted = handoff.granted
+        indices = tuple(i for i in range(handoff.pushed, going.final_pages) if granted.pages[i] >= 0)
+        handoff.pushed = max(handoff.pushed, going.final_pages)
+        actions: list[Action] = []
+        if indices:
+            pages = tuple(going.pages[i] for i in indices)
+            actions += [Push(handoff.peer, rank, handoff.number, granted.grant, pages, indices) for rank in granted.ranks]
+        if going.first is not None:
+            handoff.finished = True
+            actions.append(FinishPush(handoff.number, granted.grant))
+        return actions
+
+    def _restart(self, peer: Incarnation, now: float) -> list[Action]:
+        for number in [n for n, handoff in self._withdrawing.items() if handoff.peer == peer]:
+            del self._withdrawing[number]
+        actions: list[Action] = []
+        for going in list(self._going.values()):
+            if going.handoff is not None and going.handoff.peer == peer:
+                del self._by_number[going.handoff.number]
+                going.handoff = None
+                self.failures += 1
+                actions += self._offer(going, now)
+        return actions
+
+    def _elsewhere(self, going: Going, now: float, *, avoid: bool = True) -> list[Action]:
+        self.failures += 1
+        if avoid and going.handoff is not None:
+            going.avoid = {going.handoff.peer}
+        return self._give_up(going, now) + self._offer(going, now)
+
+    def _give_up(self, going: Going, now: float) -> list[Action]:
+        handoff, going.handoff = going.handoff, None
+        if handoff is None:
+            return []
+        self._by_number.pop(handoff.number, None)
+        self._withdrawing[handoff.number] = handoff
+        handoff.asked_at = now
+        return [Send(handoff.peer, Withdraw(handoff.number)), *self._flush(handoff)]
+
+    def _flush(self, handoff: Handoff) -> list[Action]:
+        granted = handoff.granted
+        if granted is None or handoff.flushed:
+            return []
+        handoff.flushed = True
+        indices = tuple(i for i in range(handoff.pushed, len(granted.pages)) if granted.pages[i] >= 0)
+        if not indices:
+            return []
+        return [Flush(handoff.peer, rank, handoff.number, granted.grant, indices) for rank in granted.ranks]
+
+    def _withdrawn(self, peer: Incarnation, body: Withdrawn) -> list[Action]:
+        handoff = self._withdrawing.get(body.handoff)
+        if handoff is None or handoff.peer != peer:
+            return []
+        del self._withdrawing[body.handoff]
+        handoff.granted = handoff.granted or body.granted
+        return self._flush(handoff)

@@ -1,0 +1,104 @@
+"""A prefill's links to the decodes of its fleet: control sockets, beats both ways, and who of them lives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from common.beats import Liveness
+from common.control import ControlClient
+from common.logs import get_logger
+from common.messages import Incarnation, Introduction, Layout, Letter, Mismatch, Offer, PeerBeat, Pushed, Shard, Withdraw, WorkerBeat
+from services.prefill.handoffs import Load
+
+log = get_logger(__name__)
+
+
+class Peers:
+    """Decodes by incarnation. `pursued(peer)` names the handoffs a beat speaks of; `on_letter` gets the answers to handoffs."""
+
+    def __init__(
+        self,
+        incarnation: Incarnation,
+        fleet: str,
+        fingerprint: str,
+        layout: Layout,
+        shards: list[Shard],
+        pursued: Callable[[Incarnation], list[int]],
+        on_letter: Callable[[Letter], None],
+    ) -> None:
+        self._client = ControlClient(incarnation, self._receive)
+        self._on_letter = on_letter
+        self._liveness = Liveness()
+        self._words = PeerBeat(0, 0, fleet, fingerprint, layout, shards)
+        self._pursued = pursued
+        self._links: dict[Incarnation, int] = {}
+        self._beats: dict[Incarnation, WorkerBeat] = {}
+        self._sequence = 0
+
+    @property
+    def loads(self) -> dict[Incarnation, Load]:
+        """Live decodes that take offers."""
+        return {
+            peer: Load(beat.running + beat.waiting, beat.free_pages)
+            for peer, beat in self._beats.items()
+            if peer in self._liveness.alive and not beat.draining
+        }
+
+    def introduced(self, members: dict[Incarnation, Introduction]) -> None:
+        """Redis names the decodes to knock at; it never says who lives."""
+        for name, member in members.items():
+            if member.role == "decode" and name not in self._client.peers:
+                self._client.connect(name, member.control_address)
+                self.beat(name)
+        for name in set(self._client.peers) - set(members):
+            if name not in self._liveness.alive:
+                self._client.disconnect(name)
+                self._links.pop(name, None)
+
+    def _receive(self, letter: Letter) -> None:
+        """Beats are handled here, everything else goes to `on_letter`."""
+        match letter.body:
+            case WorkerBeat() as beat:
+                self._liveness.beat(letter.sender, beat.step, beat.busy, beat.longest_step_s, time.monotonic())
+                self._beats[letter.sender] = beat
+            case Mismatch(reason):
+                log.error("a decode refuses this prefill", decode=letter.sender, reason=reason)
+            case _:
+                self._on_letter(letter)
+
+    def beat(self, *only: Incarnation) -> None:
+        self._sequence += 1
+        for peer in only or tuple(self._client.peers):
+            words = PeerBeat(
+                self._sequence,
+                self._links.setdefault(peer, 0),
+                self._words.fleet,
+                self._words.fingerprint,
+                self._words.layout,
+                self._words.shards,
+                self._pursued(peer),
+            )
+            self._client.send(peer, words)
+
+    def send(self, peer: Incarnation, body: Offer | Pushed | Withdraw) -> None:
+        self._client.send(peer, body)
+
+    def reset_link(self, peer: Incarnation) -> None:
+        """Our side of the transfer link is closed; the decode hears of it before it hears anything else."""
+        self._links[peer] = self._links.get(peer, 0) + 1
+        if peer in self._client.peers:
+            self.beat(peer)
+
+    def reap(self) -> list[Incarnation]:
+        """Decodes that have died since the last time."""
+        dead = []
+        for peer, reason in self._liveness.dead(time.monotonic()):
+            log.warning("decode lost", decode=peer, reason=reason)
+            self._liveness.forget(peer)
+            self._beats.pop(peer, None)
+            dead.append(peer)
+        return dead
+
+    def close(self) -> None:
+        self._client.close()

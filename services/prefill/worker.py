@@ -1,0 +1,140 @@
+"""The prefill worker: jobs from the queue, first tokens to the gateways, pages to the decodes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import ClassVar
+
+from redis.asyncio import Redis
+
+from common.logs import get_logger
+from common.messages import Granted, Identity, Incarnation, Introduction, Key, Letter, Refused, Rejected, Role, Waiting, Withdrawn
+from common.messages import Committed
+from common.queue import Claimed
+from common.service import Service
+from common.settings import WorkerSettings
+from services.engine.plan import Outcome
+from services.prefill.core import Action, PrefillCore
+from services.prefill.handoffs import FinishPush, Flush, Handoffs, Push, ResetLink, Send
+from services.prefill.peers import Peers
+from services.transfer.protocol import PushFailed, Sent, TransferEvent
+from services.transfer.ucx import UcxTransfer
+from services.worker.claims import Claims
+from services.worker.room import Room
+from services.worker.runs import Runs
+from services.worker.worker import Worker
+
+log = get_logger(__name__)
+
+
+class PrefillWorker(Worker[Action]):
+    role: ClassVar[Role] = "prefill"
+
+    def __init__(self, room: Room, settings: WorkerSettings, service: Service, redis: Redis, identity: Identity) -> None:
+        super().__init__(room, settings, service, redis, identity)
+        page_tokens = room.layout.page_tokens
+        self._core = PrefillCore(
+            self.gateways.outbox,
+            Handoffs(page_tokens),
+            fingerprint=identity.fingerprint,
+            page_tokens=page_tokens,
+            max_request_tokens=identity.max_request_pages * page_tokens,
+        )
+        self._transfer = UcxTransfer(room.pool.bytes, room.shard, self._transferred, checksums=settings.checksums, faults=settings.fault)
+        self._peers = Peers(
+            self.incarnation, settings.fleet, identity.fingerprint, room.layout, [room.shard], self._core.handoffs.pursued, self._answer
+        )
+        self._claims = Claims(self.queue, self.incarnation, self._wanted_tokens, self._claimed)
+
+    # ----------------------------------------------------------------------------------------------------------- hooks
+
+    @property
+    def runs(self) -> Runs:
+        return self._core.runs
+
+    def outcome(self, outcome: Outcome, now: float) -> list[Action]:
+        return self._core.outcome(outcome, now)
+
+    def cancel(self, key: Key, now: float) -> list[Action]:
+        return self._core.cancel(key, now)
+
+    def over(self, key: Key) -> list[Action]:
+        return self._core.over(key)
+
+    def drain(self, now: float) -> list[Action]:
+        return self._core.drain(now)
+
+    def woken(self) -> None:
+        self._claims.wake()
+
+    def own_tasks(self, tasks: asyncio.TaskGroup) -> None:
+        tasks.create_task(self._claims.run(), name="claims")
+        tasks.create_task(self._claims.sweep(lambda: self.gateways.alive), name="sweep")
+
+    def introduced(self, members: dict[Incarnation, Introduction], identity: Identity | None) -> None:
+        self._peers.introduced(members)
+
+    def tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for peer in self._peers.reap():
+            actions += self._core.peer_dead(peer, now)
+        self._peers.beat()
+        self._core.handoffs.decodes(self._peers.loads)
+        return actions + self._core.tick(now)
+
+    def perform(self, action: Action) -> None:
+        match action:
+            case Send(to, body):
+                self._peers.send(to, body)
+            case Push():
+                self._transfer.push(action.to, action.rank, action.handoff, action.grant, action.pages, action.indices)
+            case FinishPush(handoff, grant):
+                self._transfer.finish_push(handoff, grant)
+            case Flush():
+                self._transfer.flush(action.to, action.rank, action.handoff, action.grant, action.indices)
+            case ResetLink(peer):
+                self._transfer.close_peer(peer)
+                self._peers.reset_link(peer)
+
+    def close(self) -> None:
+        self._transfer.close()
+        self._peers.close()
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _wanted_tokens(self) -> int:
+        """Room for new prompts in the next launch. While one is under way and nothing is left to plan behind it, an idle prefill
+        elsewhere is the better place for a new job."""
+        snapshot = self.snapshot
+        if self.runs.unbegun or snapshot.pool.free + snapshot.pool.cached == 0:
+            return 0
+        if snapshot.in_flight and not snapshot.unplanned_tokens:
+            return 0
+        return self.room.budget_tokens - snapshot.unplanned_tokens
+
+    def _claimed(self, batch: list[Claimed]) -> None:
+        now = time.monotonic()
+        for claimed in batch:
+            self.gateways.meet(claimed.job.gateway, claimed.job.tokens_address)
+            self.do(self._core.claimed(claimed.entry, claimed.job, now))
+
+    def _answer(self, letter: Letter) -> None:
+        body = letter.body
+        if isinstance(body, Waiting | Granted | Refused | Committed | Rejected | Withdrawn):
+            self.do(self._core.letter(letter.sender, body, time.monotonic()))
+
+    def _transferred(self, event: TransferEvent) -> None:
+        """On the transfer's thread."""
+        self._loop.call_soon_threadsafe(self._on_transferred, event)
+
+    def _on_transferred(self, event: TransferEvent) -> None:
+        now = time.monotonic()
+        match event:
+            case Sent():
+                self.do(self._core.sent(event, now))
+            case PushFailed():
+                log.warning("pages could not be pushed", handoff=event.handoff, reason=event.reason)
+                self.do(self._core.push_failed(event, now))
+            case _:
+                raise AssertionError(f"a prefill receives no pages: {event}")

@@ -1,0 +1,123 @@
+"""The contract of moving pages between two workers, whatever carries them (UCX, or the in-process twin).
+
+Only the receiver writes its pages. Prefill pushes page by page, while later chunks still compute; decode has posted a receive for every
+granted page. A tag names (grant, page, rank) and is never used twice. Everything here may be called from any thread and never blocks;
+results arrive as events through the callback given at construction, which is called on the transfer's own thread and must only pass
+them on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from common.messages import GrantedRank, Incarnation, Shard
+
+PAGE_BITS, RANK_BITS = 20, 8
+
+
+def tag(grant: int, page: int, rank: int) -> int:
+    """The 64-bit UCX tag of one page: grant (36 bits), index of the page in the sequence (20), receiving rank (8)."""
+    if not (0 <= grant < 1 << 36 and 0 <= page < 1 << PAGE_BITS and 0 <= rank < 1 << RANK_BITS):
+        raise ValueError(f"no tag for grant {grant}, page {page}, rank {rank}")
+    return (grant << (PAGE_BITS + RANK_BITS)) | (page << RANK_BITS) | rank
+
+
+# -------------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """Every page of the handoff given to `push` so far, and `finish_push` after it, has left; `checksums[page]` in page order."""
+
+    handoff: int
+    grant: int
+    checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PushFailed:
+    """The pages of this handoff could not be sent: the peer is gone or an injected fault says so."""
+
+    handoff: int
+    grant: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """Every receive of the grant has completed with a whole page; `checksums` of what lies there (empty when off)."""
+
+    grant: int
+    checksums: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """Nothing can write into this abandoned grant's pages any more: they may be granted again."""
+
+    grant: int
+
+
+TransferEvent: TypeAlias = Sent | PushFailed | Arrived | Landed
+
+
+@dataclass(frozen=True, slots=True)
+class TransferCounts:
+    """Since the start, for metrics and tests. Bytes are payload of whole pages."""
+
+    sent_pages: int = 0
+    sent_bytes: int = 0
+    received_pages: int = 0
+    received_bytes: int = 0
+    failures: int = 0
+
+
+class Transfer(Protocol):
+    """One per worker rank. `peer` is always the incarnation of the process at the other end."""
+
+    @property
+    def counts(self) -> TransferCounts: ...
+
+    @property
+    def transport(self) -> str:
+        """What carries the bytes, from the carrier's own report ("posix+cma", "tcp", "cuda_ipc", "in-process"); "" before the first."""
+
+    # -- decode's side
+
+    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> GrantedRank:
+        """Post receives: page `pages[i]` takes the sequence's page `indices[i]`. Returns where this rank wants them sent.
+        Ends in `Arrived`, or, after `abandon` or `close_peer`, in `Landed`."""
+
+    def abandon(self, grant: int) -> None:
+        """Give the grant up. `Landed` follows once every receive has completed (the sender flushes with empty messages) or the peer
+        is closed. Unknown grants, and such as have arrived, land at once."""
+
+    # -- prefill's side
+
+    def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+        """Send pages that are final. May be called several times for a grant while later chunks compute; pages must stay unchanged until
+        the handoff is over."""
+
+    def finish_push(self, handoff: int, grant: int) -> None:
+        """No more pages for this grant: `Sent` follows when all have left, or `PushFailed`."""
+
+    def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
+        """Withdraw: complete the receives of pages that were never pushed with empty messages. No event follows."""
+
+    # -- both
+
+    def close_peer(self, peer: Incarnation) -> None:
+        """The peer is dead, or its link was: cancel what is in flight and close its endpoints; its grants end in `Landed`, its
+        handoffs in `PushFailed`. It may come back under a new address."""
+
+    def close(self) -> None:
+        """Stop the thread and release everything. Pages are not touched afterwards."""
+
+
+def keyed(shard: Shard, page: int) -> int:
+    """The 64-bit seed of a page's checksum: its logical position in the sequence, the layer range and the head range it carries."""
+    mixed = page
+    for part in (*shard.layers, *shard.kv_heads):
+        mixed = (mixed * 0x9E3779B97F4A7C15 + part + 1) & 0xFFFFFFFFFFFFFFFF
+    return mixed

@@ -1,0 +1,81 @@
+"""Claiming jobs only as fast as they can be started: late binding through the queue is the load balancer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from common.errors import QueueError
+from common.logs import get_logger
+from common.messages import Incarnation
+from common.names import BEAT_S
+from common.queue import Claimed, JobQueue
+
+log = get_logger(__name__)
+
+BLOCK_S = 1.0
+"""A blocking read ends after this long at the latest, so that a change of mind is noticed."""
+SWEEP_S = 10.0
+"""Between two looks for entries whose gateway is dead."""
+ORPHAN_S = 30.0
+"""An entry delivered this long ago whose gateway nobody has heard of belongs to no one."""
+
+
+class Claims:
+    """Claims while `room()` tokens are wanted; `wake` says that the answer may have changed."""
+
+    def __init__(self, queue: JobQueue, consumer: Incarnation, room: Callable[[], int], take: Callable[[list[Claimed]], None]) -> None:
+        self._queue = queue
+        self._consumer = consumer
+        self._room = room
+        self._take = take
+        self._awake = asyncio.Event()
+
+    def wake(self) -> None:
+        self._awake.set()
+
+    async def run(self) -> None:
+        """Claim until cancelled. A Redis that is away is asked again at the beat's pace; what runs goes on."""
+        while True:
+            self._awake.clear()
+            if self._room() <= 0:
+                await self._awake.wait()
+                continue
+            try:
+                claimed = await self._batch() or await self._queue.wait(self._consumer, BLOCK_S)
+            except QueueError as error:
+                log.warning("cannot claim jobs", error=error)
+                await asyncio.sleep(BEAT_S)
+                continue
+            if claimed:
+                self._take(claimed)
+
+    async def _batch(self) -> list[Claimed]:
+        """What is there now, up to the room there is; a single job may be larger."""
+        batch: list[Claimed] = []
+        wanted = self._room()
+        while wanted > 0:
+            claimed = await self._queue.claim(self._consumer)
+            if claimed is None:
+                break
+            batch.append(claimed)
+            wanted -= len(claimed.job.prompt) + sum(choice.index for choice in claimed.job.choices)
+            if claimed.job.alone:
+                break
+        return batch
+
+    async def sweep(self, living: Callable[[], set[Incarnation]]) -> None:
+        """Rule 4: remove delivered entries whose gateway is dead; living gateways judge their own."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            try:
+                orphans = [
+                    pending.entry
+                    for pending in await self._queue.pending()
+                    if pending.idle_s > ORPHAN_S and (pending.job is None or pending.job.gateway not in living())
+                ]
+                if orphans:
+                    log.warning("entries of dead gateways removed", entries=len(orphans))
+                    await self._queue.remove(*orphans)
+            except QueueError as error:
+                log.warning("cannot sweep the queue", error=error)

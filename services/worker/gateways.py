@@ -1,0 +1,102 @@
+"""A worker's links to the gateways it works for: what it publishes, what they cancel, and when they are gone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from common.beats import Liveness
+from common.control import ControlServer
+from common.logs import get_logger
+from common.messages import PROTOCOL, Cancel, GatewayBeat, Incarnation, Key, Letter, Mismatch, Resend, WorkerBeat
+from common.tokens import TokenPublisher
+from services.worker.outbox import Outbox
+
+log = get_logger(__name__)
+
+
+class Gateways:
+    """Outbox, token sockets and liveness of gateways in one place. Callbacks: an execution is cancelled, or over and acknowledged."""
+
+    def __init__(
+        self,
+        incarnation: Incarnation,
+        fleet: str,
+        fingerprint: str,
+        server: ControlServer,
+        *,
+        on_cancel: Callable[[Key], None],
+        on_over: Callable[[Key], None],
+    ) -> None:
+        self.outbox = Outbox()
+        self._fleet = fleet
+        self._fingerprint = fingerprint
+        self._server = server
+        self._publisher = TokenPublisher(incarnation)
+        self._liveness = Liveness()
+        self._on_cancel = on_cancel
+        self._on_over = on_over
+
+    @property
+    def alive(self) -> set[Incarnation]:
+        return set(self._liveness.alive)
+
+    def meet(self, gateway: Incarnation, tokens_address: str) -> None:
+        """A gateway has been heard of, by its beat or its job: publish to it, and expect its beats from now on."""
+        if gateway not in self._liveness.alive:
+            self._liveness.heard(gateway, time.monotonic())
+            self._publisher.open(gateway, tokens_address)
+
+    def letter(self, letter: Letter) -> bool:
+        """Handle a letter if a gateway sent it; False if it is somebody else's."""
+        match letter.body:
+            case GatewayBeat() as beat:
+                self._beat(letter.sender, beat)
+            case Cancel(key):
+                for own in [own for own in self.outbox.keys() if key.covers(own)] or [key]:
+                    self.outbox.forget(own)
+                    self._on_cancel(own)
+            case Resend(key, index):
+                self.outbox.resend(letter.sender, key, index)
+                self.flush()
+            case _:
+                return False
+        return True
+
+    def flush(self) -> None:
+        """Send what is new, one message per gateway. What cannot be sent stays in the outbox: beats reveal it, `Resend` brings it."""
+        for gateway, events in self.outbox.take().items():
+            self._publisher.send(gateway, events)
+
+    def beat(self, facts: WorkerBeat) -> None:
+        """Our beat to every gateway, each with its own requests."""
+        for gateway in self._liveness.alive:
+            self._publisher.send(gateway, [replace(facts, holding=self.outbox.holding(gateway))])
+
+    def reap(self) -> list[Incarnation]:
+        """Forget gateways that have fallen silent, and all their requests with them."""
+        dead = []
+        for gateway, reason in self._liveness.dead(time.monotonic()):
+            log.warning("gateway lost", gateway=gateway, reason=reason)
+            self._liveness.forget(gateway)
+            self._publisher.close(gateway)
+            for key in self.outbox.keys(gateway):
+                self.outbox.forget(key)
+                self._on_cancel(key)
+            dead.append(gateway)
+        return dead
+
+    def close(self) -> None:
+        self._publisher.close_all()
+
+    def _beat(self, gateway: Incarnation, beat: GatewayBeat) -> None:
+        mine, theirs = (self._fleet, self._fingerprint, PROTOCOL), (beat.fleet, beat.fingerprint, beat.protocol)
+        if mine != theirs:
+            self._server.send(gateway, Mismatch(f"fleet, fingerprint, protocol are {mine} here and {theirs} there"))
+            return
+        self.meet(gateway, beat.tokens_address)
+        self._liveness.heard(gateway, time.monotonic())
+        for key in self.outbox.seen(beat.seen):
+            self._on_over(key)

@@ -1,0 +1,196 @@
+"""Executions on this worker, from claim or commit to the last acknowledged word: what every role shares. Pure: no socket, no clock.
+
+It turns the engine's outcomes into words for the gateways (through the outbox) and remembers which queue entry to acknowledge when.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from common.messages import Finished, Handed, Incarnation, Job, Key, Lost, LostReason, Token
+from common.queue import Entry
+from services.engine.plan import Began, Drawn, Failed, Preempted
+from services.engine.sequence import Sequence
+from services.worker.jobs import claim_key, live_choice, sequence_of, unfit
+from services.worker.outbox import Outbox
+
+# ------------------------------------------------------------------------------------------------------------- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Give the sequence to the engine."""
+
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Take the execution out of the engine and free its pages."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Handed over: the parked sequence's pages may go."""
+
+    key: Key
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledge:
+    """Take the job out of the queue: somebody else answers for it now."""
+
+    entry: Entry
+
+
+Action: TypeAlias = Submit | Stop | Release | Acknowledge
+
+
+@dataclass(eq=False)
+class Run:
+    """One execution here."""
+
+    key: Key
+    job: Job
+    entry: Entry | None
+    phase_at: float
+    """Start of its present phase on this worker: claim or commit, then the first launch, then (colocated) the first token."""
+    began: bool = False
+    prefilling: bool = True
+    queued_s: float = 0.0
+    in_engine: bool = False
+
+
+class Runs:
+    """Executions by key, and the outbox that speaks of them."""
+
+    def __init__(self, outbox: Outbox, max_request_tokens: int, *, parks: bool) -> None:
+        self.outbox = outbox
+        self._max_request_tokens = max_request_tokens
+        self._parks = parks
+        self._runs: dict[Key, Run] = {}
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def get(self, key: Key) -> Run | None:
+        return self._runs.get(key)
+
+    @property
+    def unbegun_tokens(self) -> int:
+        """Tokens of claimed jobs that no launch has contained yet."""
+        return sum(len(r.job.prompt) + live_choice(r.job).index for r in self._runs.values() if not r.began)
+
+    @property
+    def unbegun(self) -> int:
+        return sum(not run.began for run in self._runs.values())
+
+    # ---------------------------------------------------------------------------------------------------- coming in
+
+    def claimed(self, entry: Entry, job: Job, now: float) -> list[Action]:
+        """A job from the queue: into the engine, unless it cannot be run at all."""
+        key = claim_key(job)
+        run = self._runs[key] = Run(key, job, entry, now)
+        self.outbox.hold(job.gateway, key, live_choice(job).index)
+        if job.deadline_s <= 0:
+            return self.lose(key, "expired", "its deadline had passed when it was claimed")
+        reason = unfit(job, self._max_request_tokens)
+        if reason is not None:
+            return self.lose(key, "refused", reason)
+        run.in_engine = True
+        return [Submit(sequence_of(job, key, parks=self._parks, now=now))]
+
+    def committed(self, key: Key, job: Job, first: Token, now: float) -> None:
+        """A decode has taken it over: say so, and repeat the first token, so that the order across two sockets does not matter."""
+        self._runs[key] = Run(key, job, None, now, prefilling=False, in_engine=True)
+        self.outbox.hold(job.gateway, key, first.index)
+        self.outbox.start(key)
+        self.outbox.tokens(key, [first], stage_s=0.0)
+
+    # --------------------------------------------------------------------------------------------- what the engine says
+
+    def began(self, outcome: Began, now: float) -> Run | None:
+        run = self._runs.get(outcome.key)
+        if run is None:
+            return None
+        run.began = True
+        if run.prefilling:
+            self.outbox.start(run.key)
+        else:
+            run.queued_s = now - run.phase_at
+        run.phase_at = now
+        self.outbox.launched(run.key, True)
+        return run
+
+    def drawn(self, outcome: Drawn, now: float) -> Run | None:
+        """A token for the client; the run is over if it finishes the choice, and parked if this worker only prefills."""
+        run = self._runs.get(outcome.key)
+        if run is None:
+            return None
+        self.outbox.tokens(run.key, [outcome.token], stage_s=now - run.phase_at, queued_s=run.queued_s)
+        if run.prefilling:
+            run.prefilling, run.phase_at = False, now
+        if self._parks:
+            self.outbox.launched(run.key, False)
+        if outcome.finish is not None:
+            run.in_engine = False
+            self.outbox.end(Finished(run.key, outcome.token.index + 1, outcome.finish))
+        return run
+
+    def ended(self, outcome: Preempted | Failed) -> None:
+        """The engine has let go of it by itself."""
+        run = self._runs.get(outcome.key)
+        if run is None:
+            return
+        run.in_engine = False
+        if isinstance(outcome, Preempted):
+            self.outbox.end(Lost(run.key, "preempted"))
+        else:
+            self.outbox.end(Lost(run.key, "failed", outcome.error))
+
+    # ------------------------------------------------------------------------------------------------------- going out
+
+    def lose(self, key: Key, reason: LostReason, detail: str = "") -> list[Action]:
+        """Give it up in order. Its entry is acknowledged when the gateway has acknowledged the word."""
+        run = self._runs.get(key)
+        if run is None:
+            return []
+        self.outbox.end(Lost(key, reason, detail))
+        stop: list[Action] = [Stop(key)] if run.in_engine else []
+        run.in_engine = False
+        return stop
+
+    def handed(self, key: Key, to: Incarnation, transfer_s: float) -> list[Action]:
+        """A decode has committed it: the pages go, the job is done with."""
+        run = self._runs.pop(key, None)
+        if run is None:
+            return [Release(key)]
+        self.outbox.end(Handed(key, to, transfer_s))
+        return [Release(key), *self._acknowledge(run)]
+
+    def over(self, key: Key) -> list[Action]:
+        """The gateway has acknowledged the last word."""
+        run = self._runs.pop(key, None)
+        return [] if run is None else self._acknowledge(run)
+
+    def cancel(self, key: Key) -> list[Action]:
+        """The gateway wants no more of it; it has removed the entry itself, or is dead."""
+        run = self._runs.pop(key, None)
+        if run is None:
+            return [Stop(key)]
+        stop: list[Action] = [Stop(key)] if run.in_engine else []
+        return [*stop, *self._acknowledge(run)]
+
+    def drain(self) -> list[Action]:
+        """Hand everything back, uncounted (rule 12)."""
+        actions: list[Action] = []
+        for key in self.outbox.unended():
+            actions += self.lose(key, "drained")
+        return actions
+
+    @staticmethod
+    def _acknowledge(run: Run) -> list[Action]:
+        return [] if run.entry is None else [Acknowledge(run.entry)]

@@ -1,0 +1,241 @@
+"""A worker's life around its engine: gateways, beats, the fleet, draining. The roles add what is theirs by overriding the hooks.
+
+Two threads matter here: the engine's, which computes, and this one's event loop, which decides and talks. Outcomes cross by
+`call_soon_threadsafe`, commands by the engine's inbox; nothing else is shared.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic, TypeVar
+
+from redis.asyncio import Redis
+
+from common.control import ControlServer
+from common.errors import QueueError
+from common.fleet import Fleet
+from common.logs import get_logger
+from common.messages import Identity, Incarnation, Introduction, Key, Letter, Role, WorkerBeat
+from common.names import BEAT_S
+from common.queue import Entry, JobQueue
+from common.service import Service
+from common.settings import WorkerSettings
+from services.engine.engine import Engine
+from services.engine.plan import Outcome, Snapshot
+from services.worker.gateways import Gateways
+from services.worker.room import Room
+from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
+
+log = get_logger(__name__)
+
+A = TypeVar("A")
+
+
+class Worker(ABC, Generic[A]):
+    """Base of the three roles; `A` is the role's action type, carried out by `perform`."""
+
+    role: ClassVar[Role]
+
+    def __init__(self, room: Room, settings: WorkerSettings, service: Service, redis: Redis, identity: Identity) -> None:
+        self.room = room
+        self.settings = settings
+        self.service = service
+        self.incarnation: Incarnation = service.incarnation
+        self.fleet = Fleet(redis, settings.fleet)
+        self.identity = identity
+        self.queue = JobQueue(redis, settings.fleet, identity.fingerprint)
+        self.server = ControlServer(self.incarnation, settings.host, self._letter)
+        self.gateways = Gateways(
+            self.incarnation, settings.fleet, identity.fingerprint, self.server, on_cancel=self._cancelled, on_over=self._over
+        )
+        self.engine = Engine(room.scheduler, room.runner, self._deliver, name=self.role, on_death=self._engine_died)
+        self.snapshot: Snapshot = self.engine.snapshot
+        self._loop = asyncio.get_running_loop()
+        self._acknowledged: asyncio.Queue[Entry] = asyncio.Queue()
+        self._sequence = 0
+        self._draining = False
+
+    # ------------------------------------------------------------------------------------------------- the role's part
+
+    @property
+    @abstractmethod
+    def runs(self) -> Runs: ...
+
+    @abstractmethod
+    def outcome(self, outcome: Outcome, now: float) -> list[A]: ...
+
+    @abstractmethod
+    def cancel(self, key: Key, now: float) -> list[A]: ...
+
+    @abstractmethod
+    def over(self, key: Key) -> list[A]: ...
+
+    @abstractmethod
+    def drain(self, now: float) -> list[A]: ...
+
+    @abstractmethod
+    def perform(self, action: A) -> None:
+        """Carry out an action of the role's own; the common ones are done here."""
+
+    def letter(self, letter: Letter) -> None:
+        """A letter that no gateway sent."""
+        log.warning("a letter for another role", sender=letter.sender, kind=type(letter.body).__name__)
+
+    def introduced(self, members: dict[Incarnation, Introduction], identity: Identity | None) -> None:
+        """The fleet's members have changed."""
+
+    def tick(self, now: float) -> list[A]:
+        """Every BEAT_S: peers that died, deadlines, repeats."""
+        return []
+
+    def woken(self) -> None:
+        """The engine has taken a step."""
+
+    def own_tasks(self, tasks: asyncio.TaskGroup) -> None:
+        """Start what the role runs besides."""
+
+    def close(self) -> None:
+        """Release what the role holds."""
+
+    # --------------------------------------------------------------------------------------------------------- running
+
+    async def run(self) -> None:
+        """Serve until the service stops, drain, and leave nothing behind."""
+        self.engine.start()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                background = [
+                    tasks.create_task(self.fleet.keep(self._introduction(), self.identity, self.introduced), name="fleet"),
+                    tasks.create_task(self._beat_forever(), name="beats"),
+                    tasks.create_task(self._acknowledge_forever(), name="acknowledge"),
+                ]
+                inner = tasks.create_task(self._run_own(), name=self.role)
+                self.service.ready(role=self.role, incarnation=self.incarnation, control=self.server.address)
+                await self.service.stopping.wait()
+                inner.cancel()
+                await self._drain()
+                for task in background:
+                    task.cancel()
+        finally:
+            self.engine.stop(self.settings.drain_s)
+            self.gateways.close()
+            self.server.close()
+            self.close()
+
+    async def _run_own(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            self.own_tasks(tasks)
+
+    async def _drain(self) -> None:
+        """Hand everything back (rule 12) and wait until the gateways have acknowledged it, or the grace ends."""
+        self._draining = True
+        self.do(self.drain(time.monotonic()))
+        self._beat()
+        give_up = time.monotonic() + self.settings.drain_s
+        while len(self.gateways.outbox) and time.monotonic() < give_up:
+            await asyncio.sleep(BEAT_S / 5)
+        while not self._acknowledged.empty() and time.monotonic() < give_up:
+            await asyncio.sleep(BEAT_S / 5)
+        try:
+            await self.fleet.leave(self.incarnation)
+        except QueueError as error:
+            log.warning("left without a word to Redis", error=error)
+
+    def do(self, actions: list[A]) -> None:
+        """Carry out, then publish what has been said meanwhile."""
+        self._carry_out(actions)
+        self.gateways.flush()
+
+    def _carry_out(self, actions: list[A]) -> None:
+        for action in actions:
+            match action:
+                case Submit(sequence):
+                    self.engine.post(self.room.scheduler.submit, sequence)
+                case Stop(key):
+                    self.engine.post(self.room.scheduler.cancel, key)
+                case Release(key):
+                    self.engine.post(self.room.scheduler.release, key)
+                case Acknowledge(entry):
+                    self._acknowledged.put_nowait(entry)
+                case _:
+                    self.perform(action)
+
+    # ----------------------------------------------------------------------------------------------------- engine's words
+
+    def _deliver(self, outcomes: list[Outcome], snapshot: Snapshot) -> None:
+        """On the engine's thread."""
+        self._loop.call_soon_threadsafe(self._outcomes, outcomes, snapshot)
+
+    def _outcomes(self, outcomes: list[Outcome], snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        now = time.monotonic()
+        for outcome in outcomes:
+            self._carry_out(self.outcome(outcome, now))
+        self.gateways.flush()
+        self.woken()
+
+    def _engine_died(self, error: BaseException) -> None:
+        """On the engine's thread: a worker without an engine ends, and its requests go on elsewhere."""
+        self._loop.call_soon_threadsafe(self.service.fail, error)
+
+    # ---------------------------------------------------------------------------------------------------- gateways' words
+
+    def _letter(self, letter: Letter) -> None:
+        if not self.gateways.letter(letter):
+            self.letter(letter)
+
+    def _cancelled(self, key: Key) -> None:
+        self.do(self.cancel(key, time.monotonic()))
+
+    def _over(self, key: Key) -> None:
+        self.do(self.over(key))
+
+    # -------------------------------------------------------------------------------------------------------- by itself
+
+    def _introduction(self) -> Introduction:
+        return Introduction(
+            self.role,
+            self.incarnation,
+            self.server.address,
+            self.identity.fingerprint,
+            self.room.layout,
+            [self.room.shard],
+            self.snapshot.pool.total,
+        )
+
+    def facts(self) -> WorkerBeat:
+        """Our beat, without anybody's holdings."""
+        pool = self.snapshot.pool
+        return WorkerBeat(
+            role=self.role,
+            sequence=self._sequence,
+            step=self.snapshot.step,
+            busy=self.snapshot.in_flight > 0,
+            longest_step_s=self.room.longest_step_s,
+            free_pages=pool.free + pool.cached,
+            total_pages=pool.total,
+            running=self.snapshot.running + self.snapshot.parked,
+            waiting=self.snapshot.waiting + self.snapshot.inbound,
+            draining=self._draining,
+        )
+
+    def _beat(self) -> None:
+        self._sequence += 1
+        self.gateways.beat(self.facts())
+
+    async def _beat_forever(self) -> None:
+        while True:
+            self._beat()
+            self.gateways.reap()
+            self.do(self.tick(time.monotonic()))
+            await asyncio.sleep(BEAT_S)
+
+    async def _acknowledge_forever(self) -> None:
+        while True:
+            entry = await self._acknowledged.get()
+            try:
+                await self.queue.remove(entry)
+            except QueueError as error:
+                log.warning("a job could not be acknowledged: its gateway will", error=error)
