@@ -63,6 +63,7 @@ class WorkerSettings(CommonSettings):
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings(CommonSettings):
     model: str = setting("", "folder of the model; only its configuration and tokenizer are read")
+    model_name: str | None = setting(None, "the name clients use; default: the folder's name")
     http_host: str = setting("127.0.0.1", "address of the HTTP server")
     http_port: int = setting(8000, "port of the HTTP server", low=0, high=65535)
     max_body_bytes: int = setting(4 << 20, "largest request body", low=1024)

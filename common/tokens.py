@@ -6,7 +6,7 @@ what was said before stays in the outbox until a beat reveals it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import zmq
@@ -94,12 +94,12 @@ class TokenPublisher:
         link = self._links.get(gateway)
         return link is not None and link.open
 
-    def send(self, gateway: Incarnation, events: list[Event]) -> bool:
+    def send(self, gateway: Incarnation, events: Sequence[Event]) -> bool:
         """One parcel. False if the link is not open or its queue is full: the caller keeps what it said."""
         link = self._links.get(gateway)
         if link is None or not link.open:
             return False
-        return link.pump.send([link.topic, encode(Parcel(self._incarnation, gateway, events))])
+        return link.pump.send([link.topic, encode(Parcel(self._incarnation, gateway, list(events)))])
 
     def close(self, gateway: Incarnation) -> None:
         link = self._links.pop(gateway, None)

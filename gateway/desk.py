@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -74,6 +75,8 @@ class LiveDesk:
         self._liveness = Liveness()
         self._beats: dict[Incarnation, WorkerBeat] = {}
         self._answers: dict[str, LiveAnswer] = {}
+        self._idle = asyncio.Event()
+        """Set whenever the last running answer has ended."""
         self._queue: JobQueue | None = None
         self._writes: asyncio.Queue[Put | Remove | Bury] = asyncio.Queue()
         self._identity: Identity | None = None
@@ -89,6 +92,11 @@ class LiveDesk:
     def recoveries(self) -> int:
         """Attempts started anew since the start."""
         return self._ledger.recoveries
+
+    @property
+    def running(self) -> int:
+        """Requests accepted and not ended."""
+        return len(self._ledger)
 
     @property
     def workers(self) -> dict[Incarnation, WorkerBeat]:
@@ -108,12 +116,19 @@ class LiveDesk:
         actions = self._ledger.open(request_id, ask, time.monotonic())
         answer = LiveAnswer(self, request_id, self._ledger.timeline(request_id))
         self._answers[request_id] = answer
+        self._idle.clear()
         self._do(actions)
         return answer
 
     def cancel(self, request_id: str) -> None:
-        if self._answers.pop(request_id, None) is not None:
+        if self._take(request_id) is not None:
             self._do(self._ledger.cancel(request_id))
+
+    def _take(self, request_id: str) -> LiveAnswer | None:
+        answer = self._answers.pop(request_id, None)
+        if not self._answers:
+            self._idle.set()
+        return answer
 
     def _admit(self, ask: Ask) -> None:
         identity = self._identity
@@ -145,9 +160,9 @@ class LiveDesk:
 
     async def drain(self, grace_s: float) -> None:
         """Let running answers finish, at most `grace_s` long, then cancel what is left."""
-        give_up = time.monotonic() + grace_s
-        while self._answers and time.monotonic() < give_up:
-            await asyncio.sleep(BEAT_S)
+        if self._answers:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), grace_s)
         for request_id in list(self._answers):
             self.cancel(request_id)
         await self._fleet.leave(self._incarnation)
@@ -237,7 +252,7 @@ class LiveDesk:
                     if (answer := self._answers.get(request_id)) is not None:
                         answer.put(Update(tokens))
                 case End(request_id, _, tokens, finish, error):
-                    if (answer := self._answers.pop(request_id, None)) is not None:
+                    if (answer := self._take(request_id)) is not None:
                         answer.put(Update(tokens, finish, error))
 
     async def _write_forever(self) -> None:

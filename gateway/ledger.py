@@ -74,7 +74,7 @@ class Ledger:
         flight = self._flights.get((request_id, choice))
         if flight is None or flight.attempt != attempt:
             return [Remove(entry)]
-        stale = [Remove(flight.entry)] if flight.entry not in (None, entry) else []
+        stale: list[Action] = [] if flight.entry in (None, entry) else [Remove(flight.entry)]
         flight.entry = entry
         return stale
 

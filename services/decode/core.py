@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from common.messages import Incarnation, Key, Offer, PeerBeat, Pushed, Withdraw
+from common.messages import Committed, Incarnation, Key, Offer, PeerBeat, Pushed, Withdraw
 from services.decode import inbound
 from services.decode.inbound import Commit, Inbound
 from services.engine.plan import Began, Computed, Drawn, Failed, Granted, Outcome, Preempted
-from services.transfer.protocol import Arrived, Landed
+from services.transfer.protocol import Arrived, Landed, Posted
 from services.worker.outbox import Outbox
 from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
 
@@ -39,6 +39,8 @@ class DecodeCore:
         match body:
             case PeerBeat():
                 return self._resolve(self.inbound.beat(peer, body.link, body.handoffs), now)
+            case Offer() if self.runs.get(body.key) is not None:
+                return [inbound.Send(peer, Committed(body.handoff))]
             case Offer():
                 return self._resolve(self.inbound.offer(peer, body, now), now)
             case Pushed():
@@ -59,6 +61,9 @@ class DecodeCore:
             case Computed():
                 pass
         return []
+
+    def posted(self, event: Posted, now: float) -> list[Action]:
+        return self._resolve(self.inbound.posted(event), now)
 
     def arrived(self, event: Arrived, now: float) -> list[Action]:
         return self._resolve(self.inbound.arrived(event), now)

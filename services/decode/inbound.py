@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeAlias
 
-from common.messages import Committed, Granted, GrantedRank, Incarnation, Key, Offer, Pushed, Refused, Rejected, Token, Waiting, Withdrawn
+from common.messages import Committed, Granted, Incarnation, Key, Offer, Pushed, Refused, Rejected, Token, Waiting, Withdrawn
 from services.engine.plan import Handoff
 from services.engine.sequence import Sequence
-from services.transfer.protocol import Arrived
+from services.transfer.protocol import Arrived, Posted
 from services.worker.jobs import sequence_of, unfit
 
 # ------------------------------------------------------------------------------------------------------------- actions
@@ -51,7 +51,7 @@ class Land:
 
 @dataclass(frozen=True, slots=True)
 class Expect:
-    """Post receives, then tell `expected` where."""
+    """Post receives; the transfer answers with `Posted`."""
 
     handoff: Handoff
     grant: int
@@ -61,9 +61,10 @@ class Expect:
 
 @dataclass(frozen=True, slots=True)
 class Abandon:
-    """Give the grant's receives up; the transfer answers with `Landed`."""
+    """Give the grant's receives up; the transfer answers with `Landed`. `told`: the prefill knows of the grant."""
 
     grant: int
+    told: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +196,13 @@ class Inbound:
         self._by_grant[arrival.grant] = handoff
         return [Expect(handoff, arrival.grant, arrival.pages, tuple(range(needed)))]
 
-    def expected(self, handoff: Handoff, rank: GrantedRank) -> list[Action]:
+    def posted(self, event: Posted) -> list[Action]:
         """Receives are posted: prefill may push."""
+        handoff = self._by_grant.get(event.grant)
+        if handoff is None or self._arrivals[handoff].stage is not Stage.GRANTED:
+            return []
         arrival = self._arrivals[handoff]
-        arrival.granted = Granted(handoff[1], arrival.grant, list(arrival.pages), [rank])
+        arrival.granted = Granted(handoff[1], arrival.grant, list(arrival.pages), [event.rank])
         return [Send(handoff[0], arrival.granted)]
 
     def arrived(self, event: Arrived) -> list[Action]:
@@ -283,7 +287,7 @@ class Inbound:
                 return [Lapse(handoff)]
             case Stage.GRANTED:
                 arrival.stage = Stage.ABANDONED
-                return [Lapse(handoff), Abandon(arrival.grant)]
+                return [Lapse(handoff), Abandon(arrival.grant, told=arrival.granted is not None)]
         return []
 
     def _close(self, peer: Incarnation) -> list[Action]:

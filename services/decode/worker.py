@@ -9,13 +9,14 @@ from redis.asyncio import Redis
 
 from common.beats import Liveness
 from common.logs import get_logger
-from common.messages import PROTOCOL, Identity, Incarnation, Key, Letter, Mismatch, Offer, PeerBeat, Pushed, Role, Withdraw
+from common.messages import PROTOCOL, Identity, Key, Letter, Mismatch, Offer, PeerBeat, Pushed, Role, Withdraw
 from common.service import Service
 from common.settings import WorkerSettings
 from services.decode.core import Action, DecodeCore
 from services.decode.inbound import Abandon, ClosePeer, Commit, Expect, Inbound, Land, Lapse, Reserve, Send
 from services.engine.plan import Outcome
-from services.transfer.protocol import Arrived, Landed, TransferEvent
+from services.transfer.faults import parse
+from services.transfer.protocol import Arrived, Landed, Posted, TransferEvent
 from services.transfer.ucx import UcxTransfer
 from services.worker.room import Room
 from services.worker.runs import Runs
@@ -31,7 +32,9 @@ class DecodeWorker(Worker[Action]):
         super().__init__(room, settings, service, redis, identity)
         most = identity.max_request_pages * room.layout.page_tokens
         self._core = DecodeCore(self.gateways.outbox, Inbound(room.layout.page_tokens, most), max_request_tokens=most)
-        self._transfer = UcxTransfer(room.pool.bytes, room.shard, self._transferred, checksums=settings.checksums, faults=settings.fault)
+        self._transfer = UcxTransfer(
+            room.pool.bytes, room.shard, self._transferred, checksums=settings.checksums, fault=parse(settings.fault)
+        )
         self._prefills = Liveness()
 
     # ----------------------------------------------------------------------------------------------------------- hooks
@@ -91,10 +94,9 @@ class DecodeWorker(Worker[Action]):
             case Land(handoff):
                 self.engine.post(scheduler.landed, handoff)
             case Expect(handoff, grant, pages, indices):
-                rank = self._transfer.expect(handoff[0], grant, pages, indices)
-                self.do([*self._core.inbound.expected(handoff, rank)])
-            case Abandon(grant):
-                self._transfer.abandon(grant)
+                self._transfer.expect(handoff[0], grant, pages, indices)
+            case Abandon(grant, told):
+                self._transfer.abandon(grant, told=told)
             case ClosePeer(peer):
                 self._transfer.close_peer(peer)
             case Commit(handoff, _, token):
@@ -122,6 +124,8 @@ class DecodeWorker(Worker[Action]):
     def _on_transferred(self, event: TransferEvent) -> None:
         now = time.monotonic()
         match event:
+            case Posted():
+                self.do(self._core.posted(event, now))
             case Arrived():
                 self.do(self._core.arrived(event, now))
             case Landed():

@@ -93,10 +93,10 @@ class Scheduler:
         """The next launch, in flight from now on; None if there is nothing to do or enough is in flight."""
         if len(self._flights) >= self._depth:
             return None
-        growing, short = self._grow()
-        if not short:
+        growing, tight = self._grow()
+        if not tight:
             self._grant()
-        ready = self._ready(short)
+        ready = self._ready(tight)
         share = self._policy([run.lacking for run in ready], len(growing), self._limits)
         runs = growing[: share.decodes]
         chunks = [self._decode(run) for run in runs]
@@ -192,10 +192,10 @@ class Scheduler:
         return most if sequence.reserve_all else min(known + growth_pages, most)
 
     def _grow(self) -> tuple[list[Run], bool]:
-        """The running sequences that can draw one more token, oldest first, with a page for it. True: one that could not have its page
-        waits for pages that launches in flight still name, so nobody else may take any."""
+        """The running sequences that can draw one more token, oldest first, with a page for it. True: pages are so tight that nobody
+        else may have any in this launch: a sequence waits for pages that launches in flight still name, or has lost its own."""
         growing: list[Run] = []
-        short = 0
+        short = preempted = 0
         for run in self._roster.running.copy():
             if run.stage is not Stage.RUNNING or run.sequence.planned >= run.most:
                 continue
@@ -211,11 +211,13 @@ class Scheduler:
                     victim = self._roster.youngest()
                     self._roster.drop(victim)
                     self._outcomes.append(Preempted(victim.sequence.key))
+                    preempted += 1
                     if victim is run:
                         break
             else:
                 growing.append(run)
-        return growing, short > 0
+        # What a preemption left over is for the others' growth. With nobody left to grow it may go, or the engine would stand still.
+        return growing, short > 0 or (preempted > 0 and len(growing) > 0)
 
     def _grant(self) -> None:
         """Pages for the offers in line, strictly in turn. A prompt that must run alone holds them up, or it would never start."""
@@ -229,11 +231,11 @@ class Scheduler:
             self._roster.inside.add(head)
             self._outcomes.append(Granted(*granted))
 
-    def _ready(self, short: bool) -> list[Run]:
+    def _ready(self, tight: bool) -> list[Run]:
         """Prompts with their pages and, strictly in turn, those that could have theirs now; enough of them for any policy."""
         roster, limits = self._roster, self._limits
         head = self._inbound.head
-        if short or not roster.waiting or (head is not None and head.alone):
+        if tight or not roster.waiting or (head is not None and head.alone):
             return roster.prefilling.copy()
         ready = roster.prefilling.copy()
         places = limits.max_batch - len(roster.prefilling) - len(roster.running)

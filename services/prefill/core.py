@@ -7,7 +7,8 @@ from typing import TypeAlias
 from common.messages import Committed, Granted, Incarnation, Job, Key, Refused, Rejected, Waiting, Withdrawn
 from common.queue import Entry
 from services.engine.pages import chain_hashes
-from services.engine.plan import Began, Computed, Drawn, Failed, Granted as EngineGranted, Outcome, Preempted
+from services.engine.plan import Began, Computed, Drawn, Failed, Outcome, Preempted
+from services.engine.plan import Granted as EngineGranted
 from services.prefill import handoffs
 from services.prefill.handoffs import Handoffs
 from services.transfer.protocol import PushFailed, Sent

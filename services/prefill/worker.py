@@ -9,8 +9,20 @@ from typing import ClassVar
 from redis.asyncio import Redis
 
 from common.logs import get_logger
-from common.messages import Granted, Identity, Incarnation, Introduction, Key, Letter, Refused, Rejected, Role, Waiting, Withdrawn
-from common.messages import Committed
+from common.messages import (
+    Committed,
+    Granted,
+    Identity,
+    Incarnation,
+    Introduction,
+    Key,
+    Letter,
+    Refused,
+    Rejected,
+    Role,
+    Waiting,
+    Withdrawn,
+)
 from common.queue import Claimed
 from common.service import Service
 from common.settings import WorkerSettings
@@ -18,6 +30,7 @@ from services.engine.plan import Outcome
 from services.prefill.core import Action, PrefillCore
 from services.prefill.handoffs import FinishPush, Flush, Handoffs, Push, ResetLink, Send
 from services.prefill.peers import Peers
+from services.transfer.faults import parse
 from services.transfer.protocol import PushFailed, Sent, TransferEvent
 from services.transfer.ucx import UcxTransfer
 from services.worker.claims import Claims
@@ -41,7 +54,9 @@ class PrefillWorker(Worker[Action]):
             page_tokens=page_tokens,
             max_request_tokens=identity.max_request_pages * page_tokens,
         )
-        self._transfer = UcxTransfer(room.pool.bytes, room.shard, self._transferred, checksums=settings.checksums, faults=settings.fault)
+        self._transfer = UcxTransfer(
+            room.pool.bytes, room.shard, self._transferred, checksums=settings.checksums, fault=parse(settings.fault)
+        )
         self._peers = Peers(
             self.incarnation, settings.fleet, identity.fingerprint, room.layout, [room.shard], self._core.handoffs.pursued, self._answer
         )

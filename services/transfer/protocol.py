@@ -45,6 +45,14 @@ class PushFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class Posted:
+    """Receives of the grant are posted; `rank` says where the sender has to push."""
+
+    grant: int
+    rank: GrantedRank
+
+
+@dataclass(frozen=True, slots=True)
 class Arrived:
     """Every receive of the grant has completed with a whole page; `checksums` of what lies there (empty when off)."""
 
@@ -59,7 +67,7 @@ class Landed:
     grant: int
 
 
-TransferEvent: TypeAlias = Sent | PushFailed | Arrived | Landed
+TransferEvent: TypeAlias = Sent | PushFailed | Posted | Arrived | Landed
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +93,13 @@ class Transfer(Protocol):
 
     # -- decode's side
 
-    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> GrantedRank:
-        """Post receives: page `pages[i]` takes the sequence's page `indices[i]`. Returns where this rank wants them sent.
-        Ends in `Arrived`, or, after `abandon` or `close_peer`, in `Landed`."""
+    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+        """Post receives: page `pages[i]` takes the sequence's page `indices[i]`. `Posted` says where this rank wants them sent. Ends in
+        `Arrived`, or, after `abandon` or `close_peer`, in `Landed`."""
 
-    def abandon(self, grant: int) -> None:
-        """Give the grant up. `Landed` follows once every receive has completed (the sender flushes with empty messages) or the peer
-        is closed. Unknown grants, and such as have arrived, land at once."""
+    def abandon(self, grant: int, *, told: bool) -> None:
+        """Give the grant up. `Landed` follows once every receive has completed (the sender flushes what it never pushed) or the peer is
+        closed. `told` is False if the sender was never told of the grant: then nobody can write, and it lands at once."""
 
     # -- prefill's side
 

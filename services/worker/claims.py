@@ -72,7 +72,7 @@ class Claims:
                 orphans = [
                     pending.entry
                     for pending in await self._queue.pending()
-                    if pending.idle_s > ORPHAN_S and (pending.job is None or pending.job.gateway not in living())
+                    if pending.state.idle_s > ORPHAN_S and (pending.job is None or pending.job.gateway not in living())
                 ]
                 if orphans:
                     log.warning("entries of dead gateways removed", entries=len(orphans))

@@ -55,7 +55,7 @@ class Gateways:
             case GatewayBeat() as beat:
                 self._beat(letter.sender, beat)
             case Cancel(key):
-                for own in [own for own in self.outbox.keys() if key.covers(own)] or [key]:
+                for own in self.outbox.meant_by(key) or [key]:
                     self.outbox.forget(own)
                     self._on_cancel(own)
             case Resend(key, index):
@@ -82,7 +82,7 @@ class Gateways:
             log.warning("gateway lost", gateway=gateway, reason=reason)
             self._liveness.forget(gateway)
             self._publisher.close(gateway)
-            for key in self.outbox.keys(gateway):
+            for key in self.outbox.of(gateway):
                 self.outbox.forget(key)
                 self._on_cancel(key)
             dead.append(gateway)

@@ -44,8 +44,12 @@ class Outbox:
         record = self._records.get(key)
         return None if record is None else record.gateway
 
-    def keys(self, gateway: Incarnation | None = None) -> list[Key]:
-        return [key for key, record in self._records.items() if gateway in (None, record.gateway)]
+    def meant_by(self, wanted: Key) -> list[Key]:
+        """Executions here that a cancel of this key means."""
+        return [key for key in self._records if wanted.covers(key)]
+
+    def of(self, gateway: Incarnation) -> list[Key]:
+        return [key for key, record in self._records.items() if record.gateway == gateway]
 
     def unended(self) -> list[Key]:
         return [key for key, record in self._records.items() if record.ending is None]

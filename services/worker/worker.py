@@ -7,6 +7,7 @@ Two threads matter here: the engine's, which computes, and this one's event loop
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, TypeVar
@@ -56,6 +57,8 @@ class Worker(ABC, Generic[A]):
         self._acknowledged: asyncio.Queue[Entry] = asyncio.Queue()
         self._sequence = 0
         self._draining = False
+        self._settled = asyncio.Event()
+        """Set while nothing is left to be acknowledged, by a gateway or to Redis."""
 
     # ------------------------------------------------------------------------------------------------- the role's part
 
@@ -133,11 +136,9 @@ class Worker(ABC, Generic[A]):
         self._draining = True
         self.do(self.drain(time.monotonic()))
         self._beat()
-        give_up = time.monotonic() + self.settings.drain_s
-        while len(self.gateways.outbox) and time.monotonic() < give_up:
-            await asyncio.sleep(BEAT_S / 5)
-        while not self._acknowledged.empty() and time.monotonic() < give_up:
-            await asyncio.sleep(BEAT_S / 5)
+        self._settle()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._settled.wait(), self.settings.drain_s)
         try:
             await self.fleet.leave(self.incarnation)
         except QueueError as error:
@@ -188,9 +189,17 @@ class Worker(ABC, Generic[A]):
 
     def _cancelled(self, key: Key) -> None:
         self.do(self.cancel(key, time.monotonic()))
+        self._settle()
 
     def _over(self, key: Key) -> None:
         self.do(self.over(key))
+        self._settle()
+
+    def _settle(self) -> None:
+        if len(self.gateways.outbox) or not self._acknowledged.empty():
+            self._settled.clear()
+        else:
+            self._settled.set()
 
     # -------------------------------------------------------------------------------------------------------- by itself
 
@@ -239,3 +248,4 @@ class Worker(ABC, Generic[A]):
                 await self.queue.remove(entry)
             except QueueError as error:
                 log.warning("a job could not be acknowledged: its gateway will", error=error)
+            self._settle()

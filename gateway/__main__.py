@@ -1,0 +1,68 @@
+"""`python -m gateway`: HTTP on one side, the fleet on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from common.names import BEAT_S
+from common.queue import connect
+from common.service import Service, run
+from common.settings import GatewaySettings
+from gateway.app import Bounds, create_app
+from gateway.desk import LiveDesk
+from gateway.metrics import Metrics
+from gateway.prompts import Model
+from gateway.server import HttpServer
+
+BODY_S = 30.0
+
+
+async def main(settings: GatewaySettings, service: Service) -> None:
+    model = await asyncio.to_thread(Model, settings.model, settings.model_name)
+    redis = connect(settings.redis_url)
+    desk = LiveDesk(
+        service.incarnation,
+        redis,
+        settings.fleet,
+        settings.host,
+        model.hash,
+        max_running=settings.max_running,
+        max_queued=settings.max_queued,
+    )
+    metrics = Metrics()
+    bounds = Bounds(settings.max_body_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)
+    server = HttpServer(create_app(desk, model, bounds, metrics), settings.http_host, settings.http_port)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            own = [
+                tasks.create_task(desk.run(), name="desk"),
+                tasks.create_task(_export(desk, metrics), name="metrics"),
+            ]
+            http = tasks.create_task(server.run(), name="http")
+            service.ready(http_host=settings.http_host, http_port=server.port)
+            await service.stopping.wait()
+            await desk.drain(settings.drain_s)
+            server.stop()
+            await http
+            for task in own:
+                task.cancel()
+    finally:
+        desk.close()
+        await redis.aclose()
+
+
+async def _export(desk: LiveDesk, metrics: Metrics) -> None:
+    """Figures that are states and not events."""
+    while True:
+        metrics.running.set(desk.running)
+        metrics.recoveries.set(desk.recoveries)
+        for role in ("prefill", "decode", "colocated"):
+            beats = [beat for beat in desk.workers.values() if beat.role == role]
+            metrics.workers.labels(role).set(len(beats))
+            metrics.free_pages.labels(role).set(sum(beat.free_pages for beat in beats))
+        await asyncio.sleep(BEAT_S)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, GatewaySettings, "gateway"))

@@ -1,0 +1,47 @@
+"""What the gateway counts, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from gateway.ask import Timeline
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
+TPOT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1)
+STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "other")
+
+
+class Metrics:
+    """One gateway's figures, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.requests = Counter("baton_requests", "Requests by outcome", ["outcome"], registry=r)
+        self.prompt_tokens = Counter("baton_prompt_tokens", "Tokens of accepted prompts", registry=r)
+        self.output_tokens = Counter("baton_output_tokens", "Tokens shown to clients", registry=r)
+        self.running = Gauge("baton_running", "Requests accepted and not ended", registry=r)
+        self.workers = Gauge("baton_workers", "Live workers by role", ["role"], registry=r)
+        self.free_pages = Gauge("baton_free_pages", "Free pages by role", ["role"], registry=r)
+        self.recoveries = Gauge("baton_recoveries", "Attempts started anew since the start", registry=r)
+        self.ttft = Histogram("baton_ttft_seconds", "Time to the first token", buckets=SECONDS, registry=r)
+        self.tpot = Histogram("baton_tpot_seconds", "Mean time per output token after the first", buckets=TPOT_SECONDS, registry=r)
+        self.total = Histogram("baton_request_seconds", "From acceptance to the last token", buckets=SECONDS, registry=r)
+        self.stages = Histogram("baton_stage_seconds", "The stages of a request", ["stage"], buckets=SECONDS, registry=r)
+
+    def ended(self, outcome: str, timeline: Timeline, prompt_tokens: int, output_tokens: int) -> None:
+        """A request is over: `outcome` is stop, length, cancelled or an error's name."""
+        self.requests.labels(outcome).inc()
+        self.prompt_tokens.inc(prompt_tokens)
+        self.output_tokens.inc(output_tokens)
+        if outcome not in ("stop", "length"):
+            return
+        self.ttft.observe(timeline.ttft_s)
+        self.total.observe(timeline.total_s)
+        if output_tokens > 1:
+            self.tpot.observe((timeline.total_s - timeline.ttft_s) / (output_tokens - 1))
+        for stage in STAGES:
+            self.stages.labels(stage).observe(getattr(timeline, f"{stage}_s"))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,322 @@
+"""Request bodies to asks: every field named, checked and bounded. Pure, but for the tokenizer.
+
+What Baton does not support yet is refused by name; fields that clients send at their harmless default are let through.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from common.errors import BadRequest, NotFound
+from common.messages import Sampling
+from gateway.ask import Ask
+from gateway.prompts import Model
+
+MOST_STOPS = 16
+MOST_STOP_CHARACTERS = 500
+MOST_LOGPROBS = 20
+MOST_BIASES = 1024
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's default for completions."""
+
+HARMLESS: dict[str, Callable[[Any], bool]] = {
+    "user": lambda v: isinstance(v, str),
+    "store": lambda v: v is False,
+    "metadata": lambda v: isinstance(v, dict),
+    "service_tier": lambda v: v in ("auto", "default"),
+    "parallel_tool_calls": lambda v: isinstance(v, bool),
+    "safety_identifier": lambda v: isinstance(v, str),
+    "prompt_cache_key": lambda v: isinstance(v, str),
+    "response_format": lambda v: v == {"type": "text"},
+    "modalities": lambda v: v == ["text"],
+    "n": lambda v: v == 1 and v is not True,
+    "best_of": lambda v: v == 1 and v is not True,
+    "echo": lambda v: v is False,
+    "suffix": lambda v: v == "",
+    "tools": lambda v: v == [],
+    "functions": lambda v: v == [],
+    "tool_choice": lambda v: v == "none",
+    "function_call": lambda v: v == "none",
+}
+"""Fields without effect here, with the values that are accepted; every other value is refused as not supported."""
+UNSUPPORTED = frozenset({"audio", "prediction", "reasoning_effort", "web_search_options", "verbosity", "logits_processors", "guided_json"})
+SHARED = frozenset(
+    {
+        "model",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "stop",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "logprobs",
+        "ignore_eos",
+        "stream",
+        "stream_options",
+        "timeline",
+    }
+)
+CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
+COMPLETION = SHARED | {"prompt"}
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request as understood: what to ask of the desk, and how to answer."""
+
+    ask: Ask
+    chat: bool
+    stream: bool
+    stops: list[str]
+    include_usage: bool
+    timeline: bool
+    """Baton's extension: the five stages in the last chunk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the fleet allows, as far as it is known."""
+
+    context_tokens: int
+    deadline_s: float
+
+
+def parse(body: bytes, model: Model, limits: Limits, *, chat: bool) -> Wish:
+    """Raises BadRequest naming the field and what it may be, or NotFound for another model."""
+    fields = _object(body)
+    _known(fields, CHAT if chat else COMPLETION)
+    _model(fields, model)
+    prompt = _messages(fields, model) if chat else _prompt(fields, model)
+    if not prompt:
+        raise BadRequest("the prompt is empty", param="messages" if chat else "prompt")
+    most = _max_tokens(fields, len(prompt), limits.context_tokens, chat=chat)
+    ask = Ask(
+        prompt=prompt,
+        sampling=_sampling(fields, model, chat=chat),
+        max_tokens=most,
+        stop_ids=[] if _flag(fields, "ignore_eos") else model.eos_ids,
+        deadline_s=limits.deadline_s,
+    )
+    stream = _flag(fields, "stream")
+    return Wish(
+        ask=ask,
+        chat=chat,
+        stream=stream,
+        stops=_stops(fields),
+        include_usage=_include_usage(fields, stream),
+        timeline=_flag(fields, "timeline"),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- the whole body
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise BadRequest("the body is not valid UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the body is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise BadRequest("the body must be a JSON object")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _known(fields: dict[str, Any], allowed: frozenset[str]) -> None:
+    for name, value in fields.items():
+        if name in allowed:
+            continue
+        harmless = HARMLESS.get(name)
+        if harmless is not None and harmless(value):
+            continue
+        if harmless is not None or name in UNSUPPORTED or name in CHAT | COMPLETION:
+            raise BadRequest(f"{name} is not supported here with this value", param=name, code="unsupported_parameter")
+        raise BadRequest(f"{name} is not a parameter of this endpoint", param=name, code="unknown_parameter")
+
+
+def _model(fields: dict[str, Any], model: Model) -> None:
+    name = fields.get("model")
+    if name is None:
+        raise BadRequest("model is missing", param="model")
+    if not isinstance(name, str):
+        raise BadRequest("model must be a string", param="model")
+    if name != model.name:
+        raise NotFound(f"the model {name!r} does not exist; this server serves {model.name!r}", param="model", code="model_not_found")
+
+
+# -------------------------------------------------------------------------------------------------------------- prompts
+
+
+def _prompt(fields: dict[str, Any], model: Model) -> list[int]:
+    prompt = fields.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return model.encode(prompt)
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        bad = next((token for token in prompt if not 0 <= token < model.vocabulary), None)
+        if bad is not None:
+            raise BadRequest(f"prompt holds the id {bad}; ids are 0 to {model.vocabulary - 1}", param="prompt")
+        return prompt
+    if isinstance(prompt, list):
+        raise BadRequest("several prompts in one request are not supported yet", param="prompt", code="unsupported_parameter")
+    raise BadRequest("prompt must be a string or a list of token ids", param="prompt")
+
+
+def _messages(fields: dict[str, Any], model: Model) -> list[int]:
+    messages = fields.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages must be a list with at least one message", param="messages")
+    return model.chat([_message(message, f"messages[{i}]") for i, message in enumerate(messages)])
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise BadRequest(f"{where} must be an object", param=where)
+    role, content = message.get("role"), message.get("content")
+    if role not in ("system", "developer", "user", "assistant"):
+        raise BadRequest(f"{where}.role must be system, developer, user or assistant", param=f"{where}.role")
+    extra = next((name for name, value in message.items() if name not in ("role", "content", "name") and value), None)
+    if extra is not None:
+        raise BadRequest(f"{where}.{extra} is not supported", param=f"{where}.{extra}", code="unsupported_parameter")
+    return {"role": "system" if role == "developer" else role, "content": _content(content, f"{where}.content")}
+
+
+def _content(content: Any, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise BadRequest(f"{where} must be a string or a list of text parts", param=where)
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadRequest(f"{where}: only parts of type text are supported", param=where)
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+def _sampling(fields: dict[str, Any], model: Model, *, chat: bool) -> Sampling:
+    return Sampling(
+        seed=_integer(fields, "seed", -(2**63), 2**64 - 1, secrets.randbits(63)) & 0xFFFFFFFFFFFFFFFF,
+        temperature=_number(fields, "temperature", 0.0, 2.0, 1.0),
+        top_p=_number(fields, "top_p", 0.0, 1.0, 1.0),
+        top_k=max(0, _integer(fields, "top_k", -1, model.vocabulary, 0)),
+        min_p=_number(fields, "min_p", 0.0, 1.0, 0.0),
+        presence_penalty=_number(fields, "presence_penalty", -2.0, 2.0, 0.0),
+        frequency_penalty=_number(fields, "frequency_penalty", -2.0, 2.0, 0.0),
+        repetition_penalty=_number(fields, "repetition_penalty", 0.01, 10.0, 1.0),
+        logit_bias=_biases(fields, model),
+        logprobs=_logprobs(fields, chat=chat),
+    )
+
+
+def _logprobs(fields: dict[str, Any], *, chat: bool) -> int:
+    """Alternatives wanted; -1: no logprobs."""
+    if not chat:
+        return _integer(fields, "logprobs", 0, MOST_LOGPROBS, -1)
+    wanted = _flag(fields, "logprobs")
+    if "top_logprobs" in fields and not wanted:
+        raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    return _integer(fields, "top_logprobs", 0, MOST_LOGPROBS, 0) if wanted else -1
+
+
+def _biases(fields: dict[str, Any], model: Model) -> dict[int, float]:
+    biases = fields.get("logit_bias", {})
+    if not isinstance(biases, dict) or len(biases) > MOST_BIASES:
+        raise BadRequest(f"logit_bias must be an object of at most {MOST_BIASES} token ids", param="logit_bias")
+    found = {}
+    for name, value in biases.items():
+        token = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else -1
+        if not 0 <= token < model.vocabulary:
+            raise BadRequest(f"logit_bias names {name[:20]!r}; ids are 0 to {model.vocabulary - 1}", param="logit_bias")
+        found[token] = _number({name: value}, name, -100.0, 100.0, 0.0)
+    return found
+
+
+def _stops(fields: dict[str, Any]) -> list[str]:
+    stop = fields.get("stop", [])
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) for s in stops):
+        raise BadRequest(f"stop must be a string or a list of at most {MOST_STOPS} strings", param="stop")
+    if any(not 1 <= len(s) <= MOST_STOP_CHARACTERS for s in stops):
+        raise BadRequest(f"a stop string must have 1 to {MOST_STOP_CHARACTERS} characters", param="stop")
+    return stops
+
+
+def _max_tokens(fields: dict[str, Any], prompt: int, context: int, *, chat: bool) -> int:
+    """Output tokens: as asked, or what fits (chat) or OpenAI's 16 (completions)."""
+    room = context - prompt
+    name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
+    if room < 1:
+        raise BadRequest(
+            f"the prompt has {prompt} tokens, the context is {context}: nothing is left for an answer",
+            param="messages" if chat else "prompt",
+            code="context_length_exceeded",
+        )
+    if name not in fields:
+        return room if chat else min(room, DEFAULT_COMPLETION_TOKENS)
+    wanted = _integer(fields, name, 1, 2**31, 1)
+    if wanted > room:
+        raise BadRequest(
+            f"the prompt has {prompt} tokens and {name} is {wanted}; the context is {context}",
+            param=name,
+            code="context_length_exceeded",
+        )
+    return wanted
+
+
+def _include_usage(fields: dict[str, Any], stream: bool) -> bool:
+    options = fields.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
+        raise BadRequest("stream_options must be an object with include_usage", param="stream_options")
+    if not stream:
+        raise BadRequest("stream_options needs stream to be true", param="stream_options")
+    return _flag(options, "include_usage")
+
+
+# --------------------------------------------------------------------------------------------------------------- values
+
+
+def _flag(fields: dict[str, Any], name: str) -> bool:
+    value = fields.get(name, False)
+    if not isinstance(value, bool):
+        raise BadRequest(f"{name} must be true or false", param=name)
+    return value
+
+
+def _integer(fields: dict[str, Any], name: str, low: int, high: int, default: int) -> int:
+    value = fields.get(name, default)
+    if type(value) is not int:
+        raise BadRequest(f"{name} must be a whole number", param=name)
+    if name in fields and not low <= value <= high:
+        raise BadRequest(f"{name} must be from {low} to {high}", param=name)
+    return value
+
+
+def _number(fields: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
+    value = fields.get(name, default)
+    if type(value) not in (int, float):
+        raise BadRequest(f"{name} must be a number", param=name)
+    if not low <= value <= high or not math.isfinite(value):
+        raise BadRequest(f"{name} must be from {low:g} to {high:g}", param=name)
+    return float(value)

