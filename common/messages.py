@@ -150,9 +150,13 @@ class Job(Struct, frozen=True, tag=True):
 
 
 class Started(Struct, frozen=True, tag=True):
-    """The sender runs this execution from now on: a prefill when it has reserved pages, a decode when it has committed them."""
+    """The sender runs this execution from now on: a prefill when it has reserved pages, a decode when it has committed them.
+
+    `transfer_s` (decode): from the first token to the end of the push, by prefill's clock, and from there to the commit, by decode's.
+    """
 
     key: Key
+    transfer_s: float = 0.0
 
 
 class Tokens(Struct, frozen=True, tag=True):
@@ -165,11 +169,10 @@ class Tokens(Struct, frozen=True, tag=True):
 
 
 class Handed(Struct, frozen=True, tag=True):
-    """Prefill has been told `Committed` by `to` and has let go. `transfer_s`: from the first token to that moment."""
+    """Prefill has been told `Committed` by `to` and has let go."""
 
     key: Key
     to: Incarnation
-    transfer_s: float
 
 
 class Finished(Struct, frozen=True, tag=True):
@@ -305,6 +308,8 @@ class Pushed(Struct, frozen=True, tag=True):
     tokens: list[tuple[int, Token]]
     """(choice, first token) of each live choice."""
     checksums: list[list[int]]
+    spent_s: float = 0.0
+    """From the first token to this word."""
 
 
 class Withdraw(Struct, frozen=True, tag=True):

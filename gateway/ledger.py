@@ -126,6 +126,7 @@ class Ledger:
             return [] if over else [Tell(sender, Cancel(event.key))]
         match event:
             case Started():
+                flight.transferred(event.transfer_s)
                 return []
             case Tokens():
                 flight.spent(self._roles.get(sender), event)
@@ -252,7 +253,6 @@ class Ledger:
         return actions
 
     def _handed(self, flight: Flight, sender: Incarnation, event: Handed) -> list[Action]:
-        flight.transferred(event.transfer_s)
         actions: list[Action] = []
         if flight.decode is None:
             flight.decode = event.to

@@ -44,7 +44,7 @@ class DecodeCore:
             case Offer():
                 return self._resolve(self.inbound.offer(peer, body, now), now)
             case Pushed():
-                return self._resolve(self.inbound.pushed(peer, body), now)
+                return self._resolve(self.inbound.pushed(peer, body, now), now)
             case Withdraw():
                 return self._resolve(self.inbound.withdraw(peer, body.handoff), now)
 
@@ -66,7 +66,7 @@ class DecodeCore:
         return self._resolve(self.inbound.posted(event), now)
 
     def arrived(self, event: Arrived, now: float) -> list[Action]:
-        return self._resolve(self.inbound.arrived(event), now)
+        return self._resolve(self.inbound.arrived(event, now), now)
 
     def landed(self, event: Landed, now: float) -> list[Action]:
         return self._resolve(self.inbound.landed(event.grant), now)
@@ -89,5 +89,5 @@ class DecodeCore:
     def _resolve(self, actions: list[inbound.Action], now: float) -> list[Action]:
         for action in actions:
             if isinstance(action, Commit):
-                self.runs.committed(action.offer.key, action.offer.job, action.token, now)
+                self.runs.committed(action.offer.key, action.offer.job, action.token, action.transfer_s, now)
         return [*actions]

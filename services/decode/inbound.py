@@ -81,6 +81,7 @@ class Commit:
     handoff: Handoff
     offer: Offer
     token: Token
+    transfer_s: float
 
 
 Action: TypeAlias = Send | Reserve | Lapse | Land | Expect | Abandon | ClosePeer | Commit
@@ -111,6 +112,7 @@ class Arrival:
     pages: tuple[int, ...] = ()
     granted: Granted | None = None
     word: Pushed | None = None
+    word_at: float = 0.0
     arrived: Arrived | None = None
 
 
@@ -145,15 +147,15 @@ class Inbound:
         sequence = sequence_of(offer.job, offer.key, parks=False, now=now)
         return [Reserve(handoff, sequence), Send(peer, Waiting(offer.handoff))]
 
-    def pushed(self, peer: Incarnation, word: Pushed) -> list[Action]:
+    def pushed(self, peer: Incarnation, word: Pushed, now: float) -> list[Action]:
         handoff = (peer, word.handoff)
         arrival = self._arrivals.get(handoff)
         if arrival is None or arrival.stage in (Stage.LINED_UP, Stage.ABANDONED) or arrival.grant != word.grant:
             return [Send(peer, Refused(word.handoff, "no such grant"))]
         if arrival.stage is Stage.COMMITTED:
             return [Send(peer, Committed(word.handoff))]
-        arrival.word = word
-        return self._judge(handoff, arrival)
+        arrival.word, arrival.word_at = word, now
+        return self._judge(handoff, arrival, now)
 
     def withdraw(self, peer: Incarnation, number: int) -> list[Action]:
         """Prefill has given it up. One that is committed goes on: the gateway decides between two runners."""
@@ -205,13 +207,13 @@ class Inbound:
         arrival.granted = Granted(handoff[1], arrival.grant, list(arrival.pages), [event.rank])
         return [Send(handoff[0], arrival.granted)]
 
-    def arrived(self, event: Arrived) -> list[Action]:
+    def arrived(self, event: Arrived, now: float) -> list[Action]:
         handoff = self._by_grant.get(event.grant)
         if handoff is None:
             return []
         arrival = self._arrivals[handoff]
         arrival.arrived = event
-        return self._judge(handoff, arrival)
+        return self._judge(handoff, arrival, now)
 
     def landed(self, grant: int) -> list[Action]:
         handoff = self._by_grant.pop(grant, None)
@@ -264,7 +266,7 @@ class Inbound:
                 return Send(peer, Refused(number, "given up"))
         return Send(peer, Waiting(number))
 
-    def _judge(self, handoff: Handoff, arrival: Arrival) -> list[Action]:
+    def _judge(self, handoff: Handoff, arrival: Arrival, now: float) -> list[Action]:
         """Commit if what arrived is what was sent, page by page (rule 10)."""
         word, arrived = arrival.word, arrival.arrived
         if word is None or arrived is None or arrival.stage is not Stage.GRANTED:
@@ -278,7 +280,8 @@ class Inbound:
             return [*self._abandon(handoff, arrival), Send(handoff[0], Rejected(handoff[1], 0, wrong))]
         del self._by_grant[arrival.grant]
         arrival.stage = Stage.COMMITTED
-        return [Commit(handoff, arrival.offer, word.tokens[0][1]), Send(handoff[0], Committed(handoff[1]))]
+        transfer_s = word.spent_s + now - arrival.word_at
+        return [Commit(handoff, arrival.offer, word.tokens[0][1], transfer_s), Send(handoff[0], Committed(handoff[1]))]
 
     def _abandon(self, handoff: Handoff, arrival: Arrival) -> list[Action]:
         match arrival.stage:

@@ -99,7 +99,7 @@ class DecodeWorker(Worker[Action]):
                 self._transfer.abandon(grant, told=told)
             case ClosePeer(peer):
                 self._transfer.close_peer(peer)
-            case Commit(handoff, _, token):
+            case Commit(handoff, _, token, _):
                 self.engine.post(scheduler.admit, handoff, token)
 
     def close(self) -> None:

@@ -44,9 +44,7 @@ class InboundLine:
         return self._line[0][1] if self._line else None
 
     def sequences(self) -> list[tuple[Handoff, Sequence]]:
-        """Those that may still come to run here."""
-        granted = [(handoff, grant.sequence) for handoff, grant in self._grants.items() if not grant.lapsed]
-        return [*self._line, *granted]
+        return [*self._line, *((handoff, grant.sequence) for handoff, grant in self._grants.items())]
 
     def reserve(self, handoff: Handoff, sequence: Sequence) -> bool:
         """Stand in line. True: it has a grant already, which is taken up again; nobody can have acted on it, or its receives would have

@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as hf_logging
 
 from common.errors import StartError
 from common.messages import Layout, Shard
@@ -36,6 +37,7 @@ class LoadedModel:
 
 def load(path: str | Path, device: str, dtype: str, page_tokens: int) -> LoadedModel:
     """Load a decoder-only model from a folder. Raises StartError if it is none that this engine runs, or does not fit the device."""
+    hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

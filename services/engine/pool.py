@@ -5,6 +5,7 @@ All layers of a page are one run of bytes, so a page is one message for the tran
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +23,13 @@ class Pool:
         self.layout = layout
         self.pages = pages
         shape = (pages, layout.layers, 2, layout.kv_heads, layout.page_tokens, layout.head_dim)
+        dtype = getattr(torch, layout.dtype)
         try:
-            self.tensor = torch.zeros(shape, dtype=getattr(torch, layout.dtype), device=device)
-        except RuntimeError as error:
+            if torch.device(device).type == "cpu":
+                self.tensor = _lazy_zeros(pages * layout.page_bytes).view(dtype).view(shape)
+            else:
+                self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        except (RuntimeError, MemoryError) as error:
             raise StartError(f"no memory for {pages} pages of {layout.page_bytes} bytes: {error}") from error
 
     @property
@@ -35,6 +40,11 @@ class Pool:
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each `[pages, kv_heads, page_tokens, head_dim]`, strided."""
         return self.tensor[:, layer, 0], self.tensor[:, layer, 1]
+
+
+def _lazy_zeros(size: int) -> Tensor:
+    """uint8 zeros that cost memory only once they are touched (numpy asks the kernel for zeroed pages; torch writes them)."""
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8))
 
 
 def fit_pages(layout: Layout, device: torch.device, fraction: float, needed: int) -> int:

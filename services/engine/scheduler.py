@@ -192,10 +192,11 @@ class Scheduler:
         return most if sequence.reserve_all else min(known + growth_pages, most)
 
     def _grow(self) -> tuple[list[Run], bool]:
-        """The running sequences that can draw one more token, oldest first, with a page for it. True: pages are so tight that nobody
-        else may have any in this launch: a sequence waits for pages that launches in flight still name, or has lost its own."""
+        """The running sequences that can draw one more token, oldest first, with a page for it. True: pages are so tight that a
+        sequence has lost its own, and nobody else may have any in this launch."""
         growing: list[Run] = []
-        short = preempted = 0
+        awaited = 0
+        preempted = False
         for run in self._roster.running.copy():
             if run.stage is not Stage.RUNNING or run.sequence.planned >= run.most:
                 continue
@@ -203,21 +204,21 @@ class Scheduler:
                 page = self._pool.allocate(1)
                 if page is not None:
                     self._roster.give(run, page)
-                elif self._roster.leaving_pages > short:
-                    short += 1
+                elif self._roster.leaving_pages > awaited:
+                    awaited += 1  # it comes with the collection of what is in flight: no need to preempt for it
                     break
                 else:
                     # Never one that is in `growing` already: those are older, and the needy one itself is a candidate.
                     victim = self._roster.youngest()
                     self._roster.drop(victim)
                     self._outcomes.append(Preempted(victim.sequence.key))
-                    preempted += 1
+                    preempted = True
                     if victim is run:
                         break
             else:
                 growing.append(run)
-        # What a preemption left over is for the others' growth. With nobody left to grow it may go, or the engine would stand still.
-        return growing, short > 0 or (preempted > 0 and len(growing) > 0)
+        # What a preemption leaves over is for the growth of the others; with nobody left to grow, the engine would stand still.
+        return growing, preempted and len(growing) > 0
 
     def _grant(self) -> None:
         """Pages for the offers in line, strictly in turn. A prompt that must run alone holds them up, or it would never start."""

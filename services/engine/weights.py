@@ -27,6 +27,7 @@ def materialise(source: Path, folder: Path, progress: Callable[[str], None] = la
     try:
         progress(f"reading {source.name}")
         where, name = str(source.parent), source.name
+        transformers.utils.logging.disable_progress_bar()
         try:
             model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32, **_dense())
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)

@@ -91,7 +91,7 @@ class PrefillCore:
         resolved: list[Action] = []
         for action in actions:
             if isinstance(action, handoffs.HandedOver):
-                resolved += self.runs.handed(action.key, action.to, action.transfer_s)
+                resolved += self.runs.handed(action.key, action.to)
             else:
                 resolved.append(action)
         return resolved

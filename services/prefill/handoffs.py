@@ -93,7 +93,6 @@ class HandedOver:
 
     key: Key
     to: Incarnation
-    transfer_s: float
 
 
 Action: TypeAlias = Send | Push | FinishPush | Flush | ResetLink | HandedOver
@@ -208,7 +207,7 @@ class Handoffs:
             return []
         handoff = going.handoff
         tokens = [(going.key.choice, going.first)]
-        handoff.word = Pushed(handoff.number, event.grant, tokens, [list(event.checksums)])
+        handoff.word = Pushed(handoff.number, event.grant, tokens, [list(event.checksums)], now - going.first_at)
         handoff.word_at = handoff.asked_at = now
         return [Send(handoff.peer, handoff.word)]
 
@@ -252,7 +251,7 @@ class Handoffs:
                 return self._elsewhere(going, now, avoid=going.rejections > 1)
             case Committed():
                 del self._going[going.key], self._by_number[handoff.number]
-                return [HandedOver(going.key, peer, now - going.first_at)]
+                return [HandedOver(going.key, peer)]
 
     def peer_dead(self, peer: Incarnation, now: float) -> list[Action]:
         """What was offered to it is offered elsewhere; what was withdrawn from it is over."""

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import xxhash
 from torch import Tensor
 
-_PRIME = 0x9E3779B97F4A7C15 - (1 << 64)
+_WORD = torch.int64
+_MASK = 0xFFFFFFFFFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
-def checksum(page: Tensor, key: int) -> int:
-    """64 bits over the bytes of `page` (uint8, contiguous), computed where it lies: xxh3 on a CPU, a keyed sum on a GPU."""
-    if page.device.type == "cpu":
-        return xxhash.xxh3_64_intdigest(page.numpy().data, key)
-    return keyed_sum(page, key)
+def checksum(page: Any, key: int) -> int:
+    """64 bits over the bytes of `page`, computed where it lies: xxh3 of a numpy row (CPU), a keyed sum of a CUDA tensor (uint8)."""
+    if isinstance(page, Tensor):
+        return keyed_sum(page, key)
+    return xxhash.xxh3_64_intdigest(page, key)
 
 
 def keyed_sum(page: Tensor, key: int) -> int:
-    """Sum over 8-byte words of (word ^ position-and-key weight) * odd weight, modulo 2**64: order and key matter."""
-    words = page.view(torch.int64)
-    weights = torch.arange(1, words.numel() + 1, device=page.device, dtype=torch.int64) * _PRIME
-    signed = key - (1 << 64) if key >= 1 << 63 else key
-    return int(((words ^ (weights + signed)) * (weights | 1)).sum().item()) & 0xFFFFFFFFFFFFFFFF
+    """Sum over words of `(word ^ mix(position)) * odd(position)` plus a share of the key, modulo 2**64: a multilinear hash
+    (Carter and Wegman), so order counts. Words are 8 bytes where the page divides by 8, else single bytes."""
+    words = page.view(_WORD) if page.numel() % 8 == 0 else page.to(_WORD)
+    mixes, odds = _weights(words.numel(), page.device)
+    total = int(((words ^ mixes) * odds).sum().item())
+    return (total ^ (key * _GOLDEN)) & _MASK
+
+
+@lru_cache(maxsize=8)
+def _weights(words: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pseudo-random mixes and odd multipliers, one per word: the same in every process."""
+    generator = torch.Generator().manual_seed(_GOLDEN >> 1)
+    limits = torch.iinfo(_WORD)
+    drawn = torch.randint(limits.min, limits.max, (2, words), generator=generator, dtype=_WORD).to(device)
+    return drawn[0], drawn[1] | 1

@@ -103,11 +103,11 @@ class Runs:
         run.in_engine = True
         return [Submit(sequence_of(job, key, parks=self._parks, now=now))]
 
-    def committed(self, key: Key, job: Job, first: Token, now: float) -> None:
+    def committed(self, key: Key, job: Job, first: Token, transfer_s: float, now: float) -> None:
         """A decode has taken it over: say so, and repeat the first token, so that the order across two sockets does not matter."""
         self._runs[key] = Run(key, job, None, now, prefilling=False, in_engine=True)
         self.outbox.hold(job.gateway, key, first.index)
-        self.outbox.start(key)
+        self.outbox.start(key, transfer_s)
         self.outbox.tokens(key, [first], stage_s=0.0)
 
     # --------------------------------------------------------------------------------------------- what the engine says
@@ -163,12 +163,12 @@ class Runs:
         run.in_engine = False
         return stop
 
-    def handed(self, key: Key, to: Incarnation, transfer_s: float) -> list[Action]:
+    def handed(self, key: Key, to: Incarnation) -> list[Action]:
         """A decode has committed it: the pages go, the job is done with."""
         run = self._runs.pop(key, None)
         if run is None:
             return [Release(key)]
-        self.outbox.end(Handed(key, to, transfer_s))
+        self.outbox.end(Handed(key, to))
         return [Release(key), *self._acknowledge(run)]
 
     def over(self, key: Key) -> list[Action]:

@@ -354,6 +354,27 @@ def test_reserved_in_full_it_is_never_the_victim_and_has_every_page_from_the_sta
     assert names(rig.step(), Preempted) == ["old"]
 
 
+def test_what_a_preemption_leaves_over_is_for_growth_and_nobody_starts_on_it() -> None:
+    rig = Rig(4)
+    rig.submit(sequence("old", 8, most=8, order=1.0))
+    rig.submit(sequence("young", 7, most=8, order=2.0))
+    rig.step()
+    rig.submit(sequence("youngest", 2, most=2, order=3.0))
+    outcomes = rig.step()
+    assert names(outcomes, Preempted) == ["young"] and names(outcomes, Began) == []
+    assert names(rig.step(), Began) == ["youngest"]
+
+
+def test_when_the_last_running_sequence_is_preempted_the_next_prompt_starts_in_the_same_launch() -> None:
+    rig = Rig(4)
+    rig.submit(sequence("parked", 8, parks=True))
+    rig.submit(sequence("running", 8, most=4))
+    rig.step()
+    rig.submit(sequence("waiting", 8, most=1))
+    outcomes = rig.step()
+    assert names(outcomes, Preempted) == ["running"] and names(outcomes, Began) == ["waiting"]
+
+
 def test_parked_pages_are_never_taken() -> None:
     rig = Rig(4)
     rig.submit(sequence("old", 8, most=8, order=1.0))
@@ -454,7 +475,11 @@ def test_an_execution_admitted_through_two_handoffs_runs_once() -> None:
     rig.step()
     rig.scheduler.admit(("p", 1), Token(0, 5))
     rig.scheduler.admit(("p", 2), Token(0, 5))
-    assert len(rig.plan().chunks) == 1 and rig.pool.counts.held == 3 and rig.pool.counts.in_transit == 0
+    plan = rig.plan()
+    assert len(plan.chunks) == 1 and rig.pool.counts.held == 3 and rig.pool.counts.in_transit == 0
+    rig.commit(plan, a=STOP)
+    rig.submit(sequence("suspect", 4, alone=True))
+    assert rig.free == 8 and "suspect" in names(rig.step(), Began)
 
 
 def test_pages_of_a_lapsed_grant_stay_in_transit_until_they_land() -> None:
@@ -578,7 +603,12 @@ def test_a_victim_in_flight_gives_its_pages_when_it_has_landed() -> None:
     assert names(rig.scheduler.take_outcomes(), Preempted) == ["young"]
     rig.commit(first)
     assert names(rig.scheduler.take_outcomes(), Drawn) == ["old"]
-    assert shape(rig.plan()) == [("old", 8, 1), ("waiting", 0, 4)]
+    second = rig.plan()
+    assert shape(second) == [("old", 8, 1), ("waiting", 0, 4)]
+    rig.commit(second)
+    rig.submit(sequence("again", 4, most=8, order=4.0))
+    rig.step()
+    assert names(rig.step(), Preempted) == ["again"]
 
 
 def test_a_parking_sequence_is_not_planned_beyond_its_draw() -> None:

@@ -202,6 +202,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.hear(outcomes)
         if plan is None:
+            if not self.flights:
+                assert self.scheduler.next() is None and not self.scheduler.take_outcomes(), "the engine would have slept on work"
             return
         flight = Flight(plan, [])
         decodes = 0
