@@ -57,6 +57,7 @@ class WorkerSettings(CommonSettings):
     growth_pages: int = setting(2, "pages a granted handoff reserves beyond what is sent", low=0, high=1024)
     budget_tokens: int | None = setting(None, "prompt tokens in one launch; default: measured at start", low=1)
     chunk_s: float = setting(0.5, "a long prompt runs in chunks of about this long", low=0.01, high=60)
+    metrics_port: int = setting(0, "port for Prometheus on `host`; 0: any free one, named in the ready file", low=0, high=65535)
     fault: str = setting("", "injected transfer fault, for tests: fail, stall or corrupt, and when")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -26,10 +27,8 @@ def die_with_parent() -> None:
 
 def raise_priority(pid: int) -> None:
     """As far as permitted."""
-    try:
+    with contextlib.suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, pid, PRIORITY)
-    except OSError:
-        pass
 
 
 @dataclass(eq=False)

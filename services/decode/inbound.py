@@ -300,5 +300,5 @@ class Inbound:
                 continue
             if arrival.stage is Stage.COMMITTED:
                 del self._arrivals[handoff]
-            actions += [action for action in self._abandon(handoff, arrival) if isinstance(action, Lapse)]
+            actions += self._abandon(handoff, arrival)
         return [*actions, ClosePeer(peer)]

@@ -18,6 +18,7 @@ from services.engine.plan import Outcome
 from services.transfer.faults import parse
 from services.transfer.protocol import Arrived, Landed, Posted, TransferEvent
 from services.transfer.ucx import UcxTransfer
+from services.worker.figures import transfer_figures
 from services.worker.room import Room
 from services.worker.runs import Runs
 from services.worker.worker import Worker
@@ -101,6 +102,9 @@ class DecodeWorker(Worker[Action]):
                 self._transfer.close_peer(peer)
             case Commit(handoff, _, token, _):
                 self.engine.post(scheduler.admit, handoff, token)
+
+    def own_figures(self) -> dict[str, float]:
+        return transfer_figures(self._transfer.counts)
 
     def close(self) -> None:
         self._transfer.close()

@@ -34,6 +34,7 @@ from services.transfer.faults import parse
 from services.transfer.protocol import PushFailed, Sent, TransferEvent
 from services.transfer.ucx import UcxTransfer
 from services.worker.claims import Claims
+from services.worker.figures import transfer_figures
 from services.worker.room import Room
 from services.worker.runs import Runs
 from services.worker.worker import Worker
@@ -111,6 +112,9 @@ class PrefillWorker(Worker[Action]):
             case ResetLink(peer):
                 self._transfer.close_peer(peer)
                 self._peers.reset_link(peer)
+
+    def own_figures(self) -> dict[str, float]:
+        return transfer_figures(self._transfer.counts)
 
     def close(self) -> None:
         self._transfer.close()

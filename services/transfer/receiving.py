@@ -1,118 +1,120 @@
-"""The receiving half: posted receives by grant, checksums as pages complete, and when an abandoned grant has landed."""
+"""The receiving half over UCX: one worker per peer, posted receives, and an end after which nothing can write any more.
+
+UCXX cancels the requests of an endpoint, never those of a worker. So each receiving worker has an endpoint to itself, its *door*,
+through which receives are posted; closing the door cancels them, and each is seen to complete.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from common.messages import GrantedRank, Shard
+from common.logs import get_logger
+from common.messages import GrantedRank
 from services.transfer import environment
-from services.transfer.checksum import checksum
-from services.transfer.protocol import Arrived, Landed, Posted, TransferEvent, keyed, tag
+from services.transfer.inbound import Inbound
+from services.transfer.places import Places
+from services.transfer.protocol import TransferEvent, tag
 
 environment.prepare()
 
-import ucxx._lib.libucxx as ucx  # noqa: E402
+import ucxx._lib.libucxx as ucx  # noqa: E402  (after its environment)
 from ucxx._lib.arr import Array  # noqa: E402
 
+log = get_logger(__name__)
 
-@dataclass(eq=False)
-class _Grant:
-    number: int
-    waiting: deque[tuple[int, int, Any]]
-    """(index in the sequence, page, request) not yet completed, in the order of the sequence."""
-    sums: list[int] = field(default_factory=list)
-    abandoned: bool = False
-    failed: bool = False
+_ANY = ucx.UCXXTagMask(0)
+
+
+@dataclass(slots=True)
+class Received:
+    """Whole pages of grants that were not given up, and their bytes."""
+
+    pages: int = 0
+    bytes: int = 0
+    failures: int = 0
 
 
 class Receiver:
-    """All grants to one peer, on one UCX worker."""
+    """All grants to one peer, on a UCX worker of their own. Used on the transfer's thread only."""
 
     def __init__(
-        self, worker: ucx.UCXWorker, pages: Tensor, shard: Shard, emit: Callable[[TransferEvent], None], *, checksums: bool
+        self,
+        worker: ucx.UCXWorker,
+        places: Places,
+        book: Inbound,
+        emit: Callable[[list[TransferEvent]], None],
+        received: Received,
+        *,
+        checksums: bool,
     ) -> None:
         self.worker = worker
-        self._rank = GrantedRank(shard, bytes(memoryview(worker.address)))
-        self._shard = shard
-        self._pages = pages
+        self._places = places
+        self._book = book
         self._emit = emit
+        self._received = received
         self._checksums = checksums
-        self._grants: dict[int, _Grant] = {}
-        self._received = [0, 0]
-
-    def __contains__(self, grant: int) -> bool:
-        return grant in self._grants
-
-    @property
-    def grants(self) -> list[int]:
-        return list(self._grants)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._grants)
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Whole pages received, and their bytes."""
-        return (self._received[0], self._received[1])
+        address = worker.address
+        self._door = ucx.UCXEndpoint.create_from_worker_address(worker, address, endpoint_error_handling=False)
+        self._closed: Any = None
+        self._discarded: Any = None
+        self._posted: dict[int, deque[tuple[int, int, Any]]] = {}
+        self.rank = GrantedRank(places.shard, bytes(memoryview(address)))
 
     def expect(self, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
-        waiting: deque[tuple[int, int, Any]] = deque()
+        """Post a receive for every page. The requests hold their arrays."""
+        posted = self._posted[grant] = deque()
         for page, index in zip(pages, indices, strict=True):
-            place = Array(_exposed(self._pages[page]))
-            waiting.append((index, page, self.worker.tag_recv(place, ucx.UCXXTag(tag(grant, index, self._shard.rank)))))
-        self._grants[grant] = _Grant(grant, waiting)
-        self._emit(Posted(grant, self._rank))
+            number = ucx.UCXXTag(tag(grant, index, self._places.rank))
+            posted.append((index, page, self._door.tag_recv(Array(self._places.row(page)), number)))
 
-    def abandon(self, number: int, told: bool) -> bool:
-        """Whether the grant is one of ours."""
-        grant = self._grants.get(number)
-        if grant is None:
-            return False
-        grant.abandoned = True
-        if not told:
-            del self._grants[number]
-            self._emit(Landed(number))
-        return True
+    def forget(self, grant: int) -> None:
+        """Nobody was told of the grant: its receives go (a dropped request is cancelled)."""
+        self._posted.pop(grant, None)
 
-    def collect(self) -> None:
-        """Take what has completed, page by page."""
-        for grant in list(self._grants.values()):
-            while grant.waiting and grant.waiting[0][2].completed:
-                self._page(grant, *grant.waiting.popleft())
-            if not grant.waiting:
-                del self._grants[grant.number]
-                lost = grant.abandoned or grant.failed
-                self._emit(Landed(grant.number) if grant.abandoned else Arrived(grant.number, () if lost else tuple(grant.sums)))
+    def work(self) -> bool:
+        """One step of UCX, then what has completed, page by page and while it is still in the cache. Whether anything moved."""
+        moved = self.worker.progress_once()
+        for grant, posted in tuple(self._posted.items()):
+            while posted and posted[0][2].completed:
+                moved = True
+                self._page(grant, *posted.popleft())
+            if not posted:
+                del self._posted[grant]
+        return bool(moved)
 
-    def _page(self, grant: _Grant, index: int, page: int, request: Any) -> None:
-        try:
-            request.check_error()
-        except Exception:
-            grant.failed = True
-            return
-        if grant.abandoned:
-            return
-        self._received[0] += 1
-        self._received[1] += self._pages.shape[1]
-        if self._checksums:
-            grant.sums.append(checksum(self._pages[page], keyed(self._shard, index)))
+    def close(self) -> None:
+        """Cancel what is not matched yet; what is under way ends by itself."""
+        if self._closed is None:
+            self._closed = self._door.close()
 
+    @property
     def ended(self) -> bool:
-        """After a cancel: whether no posted receive can complete any more."""
-        return all(request.completed for grant in self._grants.values() for _, _, request in grant.waiting)
+        """After `close`: no posted receive can write any more."""
+        return not self._posted
 
-    def land_all(self) -> None:
-        for number in self.grants:
-            del self._grants[number]
-            self._emit(Landed(number))
+    def drained(self) -> bool:
+        """After `ended`: what has come for nobody is received into scratch, so that the worker can be destroyed and its sender goes on."""
+        if self._discarded is not None and not self._discarded.completed:
+            return False
+        probe = self.worker.tag_probe(ucx.UCXXTag(0), _ANY, True)
+        if not probe.matched:
+            return bool(self._closed.completed)
+        self._discarded = self.worker.tag_recv_with_handle(Array(self._places.scratch(probe.length)), probe)
+        return False
 
-
-def _exposed(page: Tensor) -> Any:
-    """What UCXX's Array takes: a buffer on a CPU, the CUDA array interface on a GPU."""
-    return page.numpy() if page.device.type == "cpu" else page
+    def _page(self, grant: int, index: int, page: int, request: Any) -> None:
+        status = request.status
+        whole = status == 0
+        checksum = None
+        if self._book.wanted(grant):
+            if whole:
+                self._received.pages += 1
+                self._received.bytes += self._places.page_bytes
+                checksum = self._places.checksum(page, index) if self._checksums else None
+            else:
+                self._received.failures += 1
+                log.warning("a page did not arrive", grant=grant, page=index, status=status)
+        self._emit(self._book.completed(grant, index, checksum, whole=whole))

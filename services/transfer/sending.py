@@ -1,148 +1,237 @@
-"""The sending half: endpoints to peers, pages under way by handoff, and when all of a grant have left."""
+"""The sending half over UCX: one worker, an endpoint to each address of a peer, pages posted a few at a time."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from common.errors import TransferError
-from common.messages import GrantedRank, Incarnation, Shard
+from common.logs import get_logger
+from common.messages import GrantedRank, Incarnation
 from services.transfer import environment
-from services.transfer.checksum import checksum
 from services.transfer.faults import Fault
-from services.transfer.protocol import PushFailed, Sent, TransferCounts, TransferEvent, keyed, tag
+from services.transfer.outbound import Outbound, Push
+from services.transfer.places import Places
+from services.transfer.protocol import TransferEvent, tag
+from services.transfer.report import carriers, endpoint_report, way
 
 environment.prepare()
 
-import ucxx._lib.libucxx as ucx  # noqa: E402
+import ucxx._lib.libucxx as ucx  # noqa: E402  (after its environment)
 from ucxx._lib.arr import Array  # noqa: E402
 
+log = get_logger(__name__)
 
-class WayOut:
-    """An endpoint to one address of a peer. Raises TransferError where UCX raises."""
-
-    def __init__(self, worker: ucx.UCXWorker, address: bytes) -> None:
-        try:
-            self._endpoint = ucx.UCXEndpoint.create_from_worker_address(
-                worker, ucx.UCXAddress.create_from_buffer(address), endpoint_error_handling=True
-            )
-        except Exception as error:
-            raise TransferError(f"no endpoint: {error}") from error
-
-    def send(self, page: Tensor, number: int) -> Any:
-        try:
-            self._endpoint.raise_on_error()
-            return self._endpoint.tag_send(Array(page.numpy() if page.device.type == "cpu" else page), ucx.UCXXTag(number))
-        except Exception as error:
-            raise TransferError(f"{type(error).__name__}: {error}") from error
-
-    def close(self) -> None:
-        self._endpoint.close()
+BURST = 4
+"""Pages posted between two steps of UCX, so that a long push does not keep completions waiting."""
 
 
 @dataclass(eq=False)
-class _Push:
+class _Channel:
+    """An endpoint and what is under way on it: (push, request), push None for an empty message."""
+
     peer: Incarnation
-    handoff: int
-    grant: int
-    under_way: deque[Any] = field(default_factory=deque)
-    sums: dict[int, int] = field(default_factory=dict)
-    finished: bool = False
-    held: list[Any] = field(default_factory=list)
-    """Buffers that must outlive their sends."""
+    endpoint: ucx.UCXEndpoint
+    sent: deque[tuple[Push | None, Any]] = field(default_factory=deque)
+    pushes: set[Push] = field(default_factory=set)
+    broken: str = ""
+    closing: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Page:
+    channel: _Channel
+    push: Push
+    page: int
+    index: int
+    number: int
+    """Its tag."""
 
 
 class Sender:
-    """All pushes of one rank, by (handoff, grant)."""
+    """All pushes of one rank. Used on the transfer's thread only."""
 
-    def __init__(self, pages: Tensor, shard: Shard, emit: Callable[[TransferEvent], None], *, checksums: bool, fault: Fault) -> None:
-        self._pages = pages
-        self._shard = shard
+    def __init__(
+        self,
+        worker: ucx.UCXWorker,
+        places: Places,
+        book: Outbound,
+        emit: Callable[[list[TransferEvent]], None],
+        *,
+        checksums: bool,
+        fault: Fault,
+    ) -> None:
+        self.worker = worker
+        self._places = places
+        self._book = book
         self._emit = emit
         self._checksums = checksums
         self._fault = fault
-        self._number = 0
-        self._pushes: dict[tuple[int, int], _Push] = {}
-        self._flushes: deque[Any] = deque()
-        self._nothing = torch.zeros(1, dtype=torch.uint8, device=pages.device)
-        self.counts = TransferCounts()
+        self._channels: dict[tuple[Incarnation, int], dict[bytes, _Channel]] = {}
+        self._closing: list[_Channel] = []
+        self._waiting: deque[_Page] = deque()
+        self._nothing = Array(np.zeros(1, dtype=np.uint8))
+        self._numbered = 0
+        self.sent_pages = 0
+        self.transport = ""
 
-    @property
-    def busy(self) -> bool:
-        return bool(self._pushes) or bool(self._flushes)
+    # ------------------------------------------------------------------------------------------------------- commands
 
-    def push(
-        self,
-        way: WayOut,
-        peer: Incarnation,
-        to: GrantedRank,
-        handoff: int,
-        grant: int,
-        pages: tuple[int, ...],
-        indices: tuple[int, ...],
-    ) -> None:
-        push = self._pushes.setdefault((handoff, grant), _Push(peer, handoff, grant))
+    def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+        push = self._book.push(peer, handoff, grant, time.monotonic())
+        channel = None if push.over else self._channel(peer, to)
+        if channel is None:
+            self._emit(self._book.fail(push, "no way to the peer"))
+            return
+        channel.pushes.add(push)
+        push.under_way += len(pages)
         for page, index in zip(pages, indices, strict=True):
-            content = self._pages[page]
-            if self._checksums:
-                push.sums[index] = checksum(content, keyed(self._shard, index))
-            self._number += 1
-            struck = self._fault.strikes(self._number)
-            if struck == "fail":
-                self._fail(push, "an injected fault")
-                return
-            if struck == "stall":
-                push.under_way.append(None)
-                continue
-            if struck == "corrupt":
-                content = content.clone()
-                content[0] ^= 1
-                push.held.append(content)
-            try:
-                push.under_way.append(way.send(content, tag(grant, index, to.shard.rank)))
-            except TransferError as error:
-                self._fail(push, str(error))
-                return
-            self.counts = replace(self.counts, sent_pages=self.counts.sent_pages + 1, sent_bytes=self.counts.sent_bytes + content.numel())
+            self._waiting.append(_Page(channel, push, page, index, tag(grant, index, to.shard.rank)))
 
     def finish(self, handoff: int, grant: int) -> None:
-        push = self._pushes.get((handoff, grant))
-        if push is not None:
-            push.finished = True
+        self._emit(self._book.finish(handoff, grant, time.monotonic()))
 
-    def flush(self, way: WayOut, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
-        """One byte for each receive that would otherwise wait for ever."""
-        self._pushes.pop((handoff, grant), None)
-        for index in indices:
-            self._flushes.append(way.send(self._nothing, tag(grant, index, to.shard.rank)))
-
-    def collect(self) -> None:
-        """Take what has left; report pushes of which everything has, and those that failed."""
-        while self._flushes and self._flushes[0].completed:
-            self._flushes.popleft()
-        for push in list(self._pushes.values()):
-            while push.under_way and push.under_way[0] is not None and push.under_way[0].completed:
-                request = push.under_way.popleft()
-                try:
-                    request.check_error()
-                except Exception as error:
-                    self._fail(push, f"{type(error).__name__}: {error}")
-                    break
-            else:
-                if push.finished and not push.under_way:
-                    del self._pushes[(push.handoff, push.grant)]
-                    self._emit(Sent(push.handoff, push.grant, tuple(push.sums[index] for index in sorted(push.sums))))
+    def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
+        """One byte for each receive that would otherwise wait for ever: never pushed, not posted yet, or held back by a fault."""
+        unsent = {item.index for item in self._waiting if (item.push.handoff, item.push.grant) == (handoff, grant)}
+        self._waiting = deque(item for item in self._waiting if (item.push.handoff, item.push.grant) != (handoff, grant))
+        open_indices = {*indices, *unsent, *self._book.withdraw(handoff, grant)}
+        channel = self._channel(peer, to)
+        for index in sorted(open_indices):
+            if channel is not None and not channel.broken:
+                self._post(channel, None, self._nothing, tag(grant, index, to.shard.rank))
 
     def close_peer(self, peer: Incarnation) -> None:
-        for push in [push for push in self._pushes.values() if push.peer == peer]:
-            self._fail(push, "the peer was closed")
+        for key in [key for key in self._channels if key[0] == peer]:
+            for channel in self._channels.pop(key).values():
+                self._close(channel)
+        self._waiting = deque(item for item in self._waiting if item.channel.peer != peer)
+        self._emit(self._book.close(peer))
 
-    def _fail(self, push: _Push, reason: str) -> None:
-        if self._pushes.pop((push.handoff, push.grant), None) is not None:
-            self.counts = replace(self.counts, failures=self.counts.failures + 1)
-            self._emit(PushFailed(push.handoff, push.grant, reason))
+    def close(self) -> None:
+        for peer in {key[0] for key in self._channels}:
+            self.close_peer(peer)
+
+    @property
+    def closed(self) -> bool:
+        """After `close`: every endpoint has gone."""
+        return not self._closing
+
+    def release(self) -> None:
+        """Destroy the worker; counts stay."""
+        self._closing.clear()
+        del self.worker
+
+    # ------------------------------------------------------------------------------------------------------- progress
+
+    def work(self) -> bool:
+        """Post a few pages, one step of UCX, then what has left. Whether anything moved."""
+        posted = min(BURST, len(self._waiting))
+        for _ in range(posted):
+            self._send(self._waiting.popleft())
+        moved = bool(self.worker.progress_once()) or posted > 0
+        for channels in tuple(self._channels.values()):
+            for channel in tuple(channels.values()):
+                moved |= self._collect(channel)
+        return moved
+
+    def look(self) -> None:
+        """Before a sleep: endpoints that have died, pushes that do not move, closed channels whose last requests have ended."""
+        for key, channels in list(self._channels.items()):
+            for address, channel in list(channels.items()):
+                channel.pushes = {push for push in channel.pushes if not push.over}
+                if not channel.broken and not channel.endpoint.alive:
+                    self._break(channel, "the peer is gone")
+                if channel.broken:
+                    del channels[address]
+                    self._close(channel)
+            if not channels:
+                del self._channels[key]
+        self._emit(self._book.late(time.monotonic()))
+        for channel in self._closing:
+            while channel.sent and channel.sent[0][1].completed:
+                channel.sent.popleft()
+        self._closing = [channel for channel in self._closing if channel.sent or not channel.closing.completed]
+
+    def _send(self, item: _Page) -> None:
+        channel, push = item.channel, item.push
+        if push.over or channel.broken:
+            return
+        if self._checksums:
+            push.sums[item.index] = self._places.checksum(item.page, item.index)
+        self._numbered += 1
+        struck = self._fault.strikes(self._numbered)
+        if struck == "fail":
+            self._emit(self._book.fail(push, "an injected fault"))
+        elif struck == "stall":
+            push.held.add(item.index)
+        else:
+            content = self._places.spoiled(item.page) if struck == "corrupt" else self._places.row(item.page)
+            self._post(channel, push, Array(content), item.number)
+
+    def _post(self, channel: _Channel, push: Push | None, content: Array, number: int) -> None:
+        try:
+            request = channel.endpoint.tag_send(content, ucx.UCXXTag(number))
+        except Exception as error:  # UCXX raises bare RuntimeErrors besides its own
+            self._break(channel, f"{type(error).__name__}: {error}")
+            return
+        channel.sent.append((push, request))
+
+    def _collect(self, channel: _Channel) -> bool:
+        moved = False
+        while channel.sent and channel.sent[0][1].completed:
+            push, request = channel.sent.popleft()
+            moved = True
+            if request.status != 0:
+                self._break(channel, f"a page could not be sent (UCX status {request.status})")
+            elif push is not None:
+                self.sent_pages += 1
+                self._say_transport(channel)
+                self._emit(self._book.left(push, time.monotonic()))
+                if push.over:
+                    channel.pushes.discard(push)
+        return moved
+
+    # ------------------------------------------------------------------------------------------------------- channels
+
+    def _channel(self, peer: Incarnation, to: GrantedRank) -> _Channel | None:
+        """The endpoint to this address. One to a former address of the same rank goes when nothing is under way on it."""
+        channels = self._channels.setdefault((peer, to.shard.rank), {})
+        channel = channels.get(to.address)
+        if channel is None:
+            for address, former in list(channels.items()):
+                if not former.pushes:
+                    self._close(channels.pop(address))
+            try:
+                address_of = ucx.UCXAddress.create_from_buffer(to.address)
+                endpoint = ucx.UCXEndpoint.create_from_worker_address(self.worker, address_of, endpoint_error_handling=True)
+            except Exception as error:  # whatever UCXX makes of an address that nobody answers at
+                log.warning("no endpoint to a peer", peer=peer, reason=f"{type(error).__name__}: {error}")
+                return None
+            channel = channels[to.address] = _Channel(peer, endpoint)
+        return channel if not channel.broken else None
+
+    def _break(self, channel: _Channel, reason: str) -> None:
+        channel.broken = channel.broken or reason
+        for push in channel.pushes:
+            self._emit(self._book.fail(push, reason))
+        channel.pushes.clear()
+
+    def _close(self, channel: _Channel) -> None:
+        """Sends under way to a peer that neither reads nor dies end when it does: the channel is kept until then."""
+        channel.pushes.clear()
+        channel.closing = channel.endpoint.close()
+        self._closing.append(channel)
+
+    def _say_transport(self, channel: _Channel) -> None:
+        """Asked once, of the first channel that has carried a page."""
+        if self.transport:
+            return
+        report = endpoint_report(channel.endpoint.handle)
+        protocol, carrier = way(report, self._places.page_bytes)
+        self.transport = carriers(report) or "unknown"
+        log.info("transfer open", transport=self.transport, pages_by=carrier, protocol=protocol)

@@ -13,17 +13,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from common.errors import TransferError
 from common.logs import get_logger
 from common.messages import GrantedRank, Incarnation, Shard
-from services.transfer import environment, faults
-from services.transfer.protocol import Landed, PushFailed, TransferCounts, TransferEvent
-from services.transfer.receiving import Receiver
-from services.transfer.sending import Sender, WayOut
+from services.transfer import environment
+from services.transfer.faults import Fault
+from services.transfer.inbound import Inbound
+from services.transfer.outbound import Outbound
+from services.transfer.places import Places
+from services.transfer.protocol import Posted, TransferCounts, TransferEvent
+from services.transfer.receiving import Received, Receiver
+from services.transfer.sending import Sender
 
 environment.prepare()
 
@@ -31,15 +35,24 @@ import ucxx._lib.libucxx as ucx  # noqa: E402  (after its environment)
 
 log = get_logger(__name__)
 
-BUSY_WAIT_S = 0.001
-"""While something is in flight the thread looks again after this long at the latest, event or not."""
+SPIN_S = 0.0002
+"""The thread looks again without sleeping until nothing has moved for this long: longer than one page takes."""
 IDLE_WAIT_S = 1.0
 CLOSE_S = 3.0
-"""A closed peer's receives must have ended by then; pages of those that have not are never used again."""
+"""A closed peer's receives should have ended by then; pages of those that have not stay in quarantine."""
+
+
+@dataclass(eq=False)
+class _Closing:
+    receiver: Receiver
+    peer: Incarnation
+    deadline: float
+    quarantined: bool = False
 
 
 class UcxTransfer:
-    """The Transfer of one rank over `pages` (uint8 `[pages, page_bytes]`, never moved)."""
+    """The Transfer of one rank over `pages` (uint8 `[pages, page_bytes]`, never moved). CUDA pages must be complete when they are pushed:
+    UCX does not know streams."""
 
     def __init__(
         self,
@@ -48,26 +61,26 @@ class UcxTransfer:
         on_event: Callable[[TransferEvent], None],
         *,
         checksums: bool = True,
-        fault: faults.Fault = faults.Fault(),  # noqa: B008  (frozen)
+        fault: Fault = Fault(),  # noqa: B008  (frozen)
     ) -> None:
-        self._pages = pages
-        self._shard = shard
+        self._places = Places(pages, shard)
         self._on_event = on_event
         self._checksums = checksums
-        self._fault = fault
+        self._places.enter()
         self._context = ucx.UCXContext(feature_flags=(ucx.Feature.TAG, ucx.Feature.WAKEUP))
         self._commands: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.epoll()
         self._poll.register(self._wake_fd, select.EPOLLIN)
+        self._inbound, self._outbound = Inbound(), Outbound()
+        self._received = Received()
         self._receivers: dict[Incarnation, Receiver] = {}
-        self._closing: list[tuple[Receiver, float]] = []
-        self._sender_worker = self._new_worker()
-        self._ways: dict[Incarnation, dict[bytes, WayOut]] = {}
-        self._sender = Sender(pages, shard, self._emit, checksums=checksums, fault=fault)
-        self._counts = TransferCounts()
-        self._transport = ""
+        self._closing: list[_Closing] = []
+        self._sender = Sender(self._new_worker(), self._places, self._outbound, self._emit, checksums=checksums, fault=fault)
+        self._moved_at = 0.0
+        self._asleep = False
         self._stopping = False
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._live, name="transfer", daemon=True)
         self._thread.start()
 
@@ -75,17 +88,14 @@ class UcxTransfer:
 
     @property
     def counts(self) -> TransferCounts:
-        received = [receiver.counts for receiver in list(self._receivers.values())]
-        return replace(
-            self._sender.counts,
-            received_pages=self._counts.received_pages + sum(pages for pages, _ in received),
-            received_bytes=self._counts.received_bytes + sum(size for _, size in received),
-            failures=self._sender.counts.failures + self._counts.failures,
-        )
+        received, sent = self._received, self._sender.sent_pages
+        failures = received.failures + self._outbound.failures
+        return TransferCounts(sent, sent * self._places.page_bytes, received.pages, received.bytes, failures)
 
     @property
     def transport(self) -> str:
-        return self._transport
+        """Known to a sender once its first page has left."""
+        return self._sender.transport
 
     def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
         self._command(self._expect, peer, grant, pages, indices)
@@ -94,63 +104,77 @@ class UcxTransfer:
         self._command(self._abandon, grant, told)
 
     def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
-        self._command(self._push, peer, to, handoff, grant, pages, indices)
+        self._command(self._sender.push, peer, to, handoff, grant, pages, indices)
 
     def finish_push(self, handoff: int, grant: int) -> None:
         self._command(self._sender.finish, handoff, grant)
 
     def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
-        self._command(self._flush, peer, to, handoff, grant, indices)
+        self._command(self._sender.flush, peer, to, handoff, grant, indices)
 
     def close_peer(self, peer: Incarnation) -> None:
         self._command(self._close_peer, peer)
 
     def close(self) -> None:
+        """Waits for the thread, at most twice CLOSE_S."""
         self._stopping = True
-        os.eventfd_write(self._wake_fd, 1)
-        self._thread.join(2 * CLOSE_S)
+        if self._thread.is_alive():
+            os.eventfd_write(self._wake_fd, 1)
+            self._thread.join(2 * CLOSE_S)
 
     def _command(self, command: Callable[..., None], *arguments: object) -> None:
+        """Raises TransferError once the thread has died of an error: the worker must not live on without it."""
+        if self._error is not None:
+            raise TransferError(f"the transfer has ended: {self._error!r}")
+        if self._stopping:
+            return
         self._commands.append((command, arguments))
-        os.eventfd_write(self._wake_fd, 1)
+        if self._asleep:
+            os.eventfd_write(self._wake_fd, 1)
 
     # -------------------------------------------------------------------------------------------------- on its own thread
 
     def _live(self) -> None:
-        while not self._stopping:
-            try:
+        try:
+            self._places.enter()
+            while not self._stopping:
                 self._turn()
-            except Exception as error:
-                log.exception("the transfer stumbled", error)
-                self._counts = replace(self._counts, failures=self._counts.failures + 1)
-        self._shut()
+        except Exception as error:
+            self._error = error
+            log.exception("the transfer has ended", error)
+        finally:
+            self._shut()
 
     def _turn(self) -> None:
-        """Commands, progress, completions; then sleep until an event, briefly if something is in flight."""
+        """Commands, one step of everything; then sleep, unless something has moved just now."""
         while self._commands:
             command, arguments = self._commands.popleft()
             command(*arguments)
-        self._progress()
-        self._settle_closing()
-        if self._commands or self._stopping:
-            return
-        workers = self._workers()
-        if all([worker.arm() for worker in workers]):
-            busy = self._sender.busy or self._closing or any(receiver.busy for receiver in self._receivers.values())
-            for fd, _ in self._poll.poll(BUSY_WAIT_S if busy else IDLE_WAIT_S):
-                if fd == self._wake_fd:
-                    os.eventfd_read(self._wake_fd)
+        moved = self._sender.work()
+        for receiver in tuple(self._receivers.values()):
+            moved |= receiver.work()
+        for closing in tuple(self._closing):
+            moved |= closing.receiver.work()
+            self._settle(closing)
+        now = time.monotonic()
+        if moved:
+            self._moved_at = now
+        elif now - self._moved_at > SPIN_S:
+            self._sleep(now)
 
-    def _workers(self) -> list[ucx.UCXWorker]:
-        receivers = [*self._receivers.values(), *(receiver for receiver, _ in self._closing)]
-        return [self._sender_worker, *(receiver.worker for receiver in receivers)]
-
-    def _progress(self) -> None:
-        self._sender_worker.progress()
-        self._sender.collect()
-        for receiver in self._receivers.values():
-            receiver.worker.progress()
-            receiver.collect()
+    def _sleep(self, now: float) -> None:
+        self._sender.look()
+        self._asleep = True
+        try:
+            workers = [self._sender.worker, *(receiver.worker for receiver in self._receivers.values())]
+            workers += [closing.receiver.worker for closing in self._closing]
+            if self._commands or self._stopping or not all([worker.arm() for worker in workers]):
+                return
+            wait_s = min([IDLE_WAIT_S, *(max(closing.deadline - now, 0.01) for closing in self._closing if not closing.quarantined)])
+            if any(fd == self._wake_fd for fd, _ in self._poll.poll(wait_s)):
+                os.eventfd_read(self._wake_fd)
+        finally:
+            self._asleep = False
 
     def _new_worker(self) -> ucx.UCXWorker:
         worker = ucx.UCXWorker(self._context)
@@ -158,105 +182,64 @@ class UcxTransfer:
         self._poll.register(worker.epoll_file_descriptor, select.EPOLLIN)
         return worker
 
-    def _emit(self, event: TransferEvent) -> None:
-        self._on_event(event)
+    def _emit(self, events: list[TransferEvent]) -> None:
+        for event in events:
+            self._on_event(event)
 
     # ------------------------------------------------------------------------------------------------------- receiving
 
     def _expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
         receiver = self._receivers.get(peer)
         if receiver is None:
-            receiver = Receiver(self._new_worker(), self._pages, self._shard, self._emit, checksums=self._checksums)
+            receiver = Receiver(
+                self._new_worker(), self._places, self._inbound, self._emit, self._received, checksums=self._checksums
+            )  # fmt: skip
             self._receivers[peer] = receiver
         receiver.expect(grant, pages, indices)
+        self._emit([Posted(grant, receiver.rank), *self._inbound.expect(peer, grant, len(pages))])
 
     def _abandon(self, grant: int, told: bool) -> None:
-        for receiver in self._receivers.values():
-            if receiver.abandon(grant, told):
-                return
-        if not any(grant in receiver for receiver, _ in self._closing):
-            self._emit(Landed(grant))
-
-    # --------------------------------------------------------------------------------------------------------- sending
-
-    def _way(self, peer: Incarnation, address: bytes) -> WayOut:
-        ways = self._ways.setdefault(peer, {})
-        way = ways.get(address)
-        if way is None:
-            way = ways[address] = WayOut(self._sender_worker, address)
-            if not self._transport:
-                self._transport = transports(self._sender_worker.info)
-                log.info("transfer open", peer=peer, transport=self._transport)
-        return way
-
-    def _push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
-        try:
-            self._sender.push(self._way(peer, to.address), peer, to, handoff, grant, pages, indices)
-        except TransferError as error:
-            self._emit(PushFailed(handoff, grant, str(error)))
-
-    def _flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
-        try:
-            self._sender.flush(self._way(peer, to.address), peer, to, handoff, grant, indices)
-        except TransferError as error:
-            self._emit(PushFailed(handoff, grant, str(error)))
+        if not told:
+            for receiver in self._receivers.values():
+                receiver.forget(grant)
+        self._emit(self._inbound.abandon(grant, told=told))
 
     # --------------------------------------------------------------------------------------------------------- closing
 
     def _close_peer(self, peer: Incarnation) -> None:
-        for way in self._ways.pop(peer, {}).values():
-            way.close()
         self._sender.close_peer(peer)
         receiver = self._receivers.pop(peer, None)
         if receiver is not None:
-            receiver.worker.cancel_inflight_requests()
-            self._closing.append((receiver, time.monotonic() + CLOSE_S))
+            receiver.close()
+            self._emit(self._inbound.close(peer))
+            self._closing.append(_Closing(receiver, peer, time.monotonic() + CLOSE_S))
 
-    def _settle_closing(self) -> None:
-        """Closed receivers end when nothing they posted can complete any more; their grants land then."""
-        for entry in list(self._closing):
-            receiver, give_up_at = entry
-            receiver.worker.progress()
-            over = receiver.ended()
-            if not over and time.monotonic() < give_up_at:
-                continue
-            self._closing.remove(entry)
-            pages, size = receiver.counts
-            self._counts = replace(
-                self._counts,
-                received_pages=self._counts.received_pages + pages,
-                received_bytes=self._counts.received_bytes + size,
-            )
+    def _settle(self, closing: _Closing) -> None:
+        """A closed receiver goes when nothing it posted can complete any more; its grants have landed by then."""
+        receiver = closing.receiver
+        if receiver.ended and receiver.drained():
+            self._closing.remove(closing)
             self._poll.unregister(receiver.worker.epoll_file_descriptor)
-            if over:
-                receiver.land_all()
-            else:
-                log.error("receives of a closed peer do not end: their pages are not used again", grants=receiver.grants)
-                self._counts = replace(self._counts, failures=self._counts.failures + 1)
+        elif not closing.quarantined and time.monotonic() > closing.deadline:
+            closing.quarantined = True
+            self._received.failures += 1
+            log.error("receives of a closed peer do not end: their pages stay in quarantine", peer=closing.peer)
 
     def _shut(self) -> None:
-        for peer in {*self._ways, *self._receivers}:
+        """Pages are left alone once nothing writes into them; what does not end by the deadline goes with the process."""
+        self._sender.close()
+        for peer in tuple(self._receivers):
             self._close_peer(peer)
         give_up = time.monotonic() + CLOSE_S
-        while self._closing and time.monotonic() < give_up:
-            self._settle_closing()
+        while (self._closing or not self._sender.closed) and time.monotonic() < give_up:
+            self._sender.work()
+            self._sender.look()
+            for closing in tuple(self._closing):
+                closing.receiver.work()
+                self._settle(closing)
+            self._poll.poll(0.001)
+        self._closing.clear()
+        self._sender.release()
+        del self._context
         self._poll.close()
         os.close(self._wake_fd)
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What a UCX resource name stands for."""
-
-    word: str
-    label: str
-
-
-_TRANSPORTS = [_Known("cuda_ipc", "cuda_ipc"), _Known("rc_", "rdma"), _Known("dc_", "rdma"), _Known("cma", "cma"),
-               _Known("posix", "posix"), _Known("sysv", "sysv"), _Known("tcp", "tcp")]  # fmt: skip
-
-
-def transports(info: str) -> str:
-    """The carriers that UCX's own report on a worker names."""
-    found = [known.label for known in _TRANSPORTS if known.word in info]
-    return "+".join(dict.fromkeys(found))

@@ -59,7 +59,7 @@ def build(settings: WorkerSettings) -> Room:
     pages = settings.pages or fit_pages(layout, loaded.device, settings.memory_fraction, needed)
     if pages < needed:
         raise StartError(
-            f"{pages} pages are fewer than the {needed} that one request of {most_tokens} tokens needs: raise pages or lower max_request_tokens"
+            f"{pages} pages, but a request of {most_tokens} tokens needs {needed}: raise pages or lower max_request_tokens"
         )
     pool = Pool(layout, pages, loaded.device)
     runner = Runner(loaded, pool)

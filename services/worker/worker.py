@@ -25,6 +25,7 @@ from common.service import Service
 from common.settings import WorkerSettings
 from services.engine.engine import Engine
 from services.engine.plan import Outcome, Snapshot
+from services.worker.figures import Figures
 from services.worker.gateways import Gateways
 from services.worker.room import Room
 from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
@@ -99,6 +100,10 @@ class Worker(ABC, Generic[A]):
     def own_tasks(self, tasks: asyncio.TaskGroup) -> None:
         """Start what the role runs besides."""
 
+    def own_figures(self) -> dict[str, float]:
+        """Further figures of this role."""
+        return {}
+
     def close(self) -> None:
         """Release what the role holds."""
 
@@ -107,6 +112,7 @@ class Worker(ABC, Generic[A]):
     async def run(self) -> None:
         """Serve until the service stops, drain, and leave nothing behind."""
         self.engine.start()
+        figures = Figures(self.settings.host, self.settings.metrics_port, self._figures)
         try:
             async with asyncio.TaskGroup() as tasks:
                 background = [
@@ -115,13 +121,14 @@ class Worker(ABC, Generic[A]):
                     tasks.create_task(self._acknowledge_forever(), name="acknowledge"),
                 ]
                 inner = tasks.create_task(self._run_own(), name=self.role)
-                self.service.ready(role=self.role, incarnation=self.incarnation, control=self.server.address)
+                self.service.ready(control=self.server.address, metrics_port=figures.port)
                 await self.service.stopping.wait()
                 inner.cancel()
                 await self._drain()
                 for task in background:
                     task.cancel()
         finally:
+            figures.close()
             self.engine.stop(self.settings.drain_s)
             self.gateways.close()
             self.server.close()
@@ -229,6 +236,25 @@ class Worker(ABC, Generic[A]):
             waiting=self.snapshot.waiting + self.snapshot.inbound,
             draining=self._draining,
         )
+
+    def _figures(self) -> dict[str, float]:
+        """By name; read from the metrics thread, so nothing here may change anything."""
+        snapshot = self.snapshot
+        pool = snapshot.pool
+        return {
+            "pages_total": pool.total,
+            "pages_free": pool.free,
+            "pages_cached": pool.cached,
+            "pages_held": pool.held,
+            "pages_in_transit": pool.in_transit,
+            "steps_total": snapshot.step,
+            "waiting": snapshot.waiting,
+            "running": snapshot.running,
+            "parked": snapshot.parked,
+            "inbound": snapshot.inbound,
+            "executions": len(self.gateways.outbox),
+            **self.own_figures(),
+        }
 
     def _beat(self) -> None:
         self._sequence += 1

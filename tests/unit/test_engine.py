@@ -58,11 +58,15 @@ class Listener:
         self.outcomes: list[Outcome] = []
         self.snapshots: list[Snapshot] = []
         self.deaths: list[BaseException] = []
+        self.launching: list[tuple[Key, ...]] = []
+        self.engine: Engine | None = None
         self._changed = threading.Condition()
 
     def hear(self, outcomes: list[Outcome], snapshot: Snapshot) -> None:
         self.diary.extend(type(outcome).__name__ for outcome in outcomes)
+        assert self.engine is not None
         with self._changed:
+            self.launching.append(self.engine.launching)
             self.outcomes += outcomes
             self.snapshots.append(snapshot)
             self._changed.notify_all()
@@ -87,6 +91,7 @@ class Rig:
         self.device = Device()
         self.listener = Listener(self.device.diary)
         self.engine = Engine(self.scheduler, self.device, self.listener.hear, name="test", on_death=self.listener.die)
+        self.listener.engine = self.engine
 
     def submit(self, *sequences: Sequence) -> None:
         for one in sequences:
@@ -121,6 +126,7 @@ def test_began_is_delivered_before_the_launch_and_a_draw_before_the_next_one() -
         rig.submit(sequence("a", most=2))
         rig.listener.until(rig.listener.ended(1))
         diary = rig.device.diary
+    assert rig.listener.launching == [(sequence("a").key,), (sequence("a").key,), ()]
     assert diary == ["Began", "launch 1", "collect 1", "Computed", "Drawn", "launch 2", "collect 2", "Drawn"]
 
 

@@ -360,8 +360,11 @@ def test_what_a_preemption_leaves_over_is_for_growth_and_nobody_starts_on_it() -
     rig.submit(sequence("young", 7, most=8, order=2.0))
     rig.step()
     rig.submit(sequence("youngest", 2, most=2, order=3.0))
-    outcomes = rig.step()
-    assert names(outcomes, Preempted) == ["young"] and names(outcomes, Began) == []
+    rig.scheduler.reserve(("p", 1), sequence("offered", 2, most=1))
+    assert [type(outcome) for outcome in rig.step()] == [Preempted, Drawn]
+    later = rig.step()
+    assert Granted(("p", 1), (3,)) in later and names(later, Began) == []
+    rig.scheduler.landed(("p", 1))
     assert names(rig.step(), Began) == ["youngest"]
 
 

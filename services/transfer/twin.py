@@ -1,0 +1,202 @@
+"""The same contract without UCX, inside one process: for tests of workers, and the reference that the UCX carrier is compared with.
+
+A twin moves pages as UCX does: the sender only announces them, and the receiver's own thread copies them into its pages. Twins that
+belong together share a `Switchboard`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+from torch import Tensor
+
+from common.messages import GrantedRank, Incarnation, Shard
+from services.transfer.faults import Fault
+from services.transfer.inbound import Inbound
+from services.transfer.outbound import PUSH_S, Outbound, Push
+from services.transfer.places import Places
+from services.transfer.protocol import Posted, TransferCounts, TransferEvent, tag
+
+
+@dataclass(eq=False)
+class Switchboard:
+    """Finds a twin by the address it has given to one peer."""
+
+    doors: dict[bytes, TwinTransfer] = field(default_factory=dict)
+    numbers: count[int] = field(default_factory=count)
+
+
+class TwinTransfer:
+    """The Transfer of one rank over `pages` (uint8 `[pages, page_bytes]`)."""
+
+    transport = "in-process"
+
+    def __init__(
+        self,
+        pages: Tensor,
+        shard: Shard,
+        on_event: Callable[[TransferEvent], None],
+        board: Switchboard,
+        *,
+        checksums: bool = True,
+        fault: Fault = Fault(),  # noqa: B008  (frozen)
+    ) -> None:
+        self._places = Places(pages, shard)
+        self._on_event = on_event
+        self._board = board
+        self._checksums = checksums
+        self._fault = fault
+        self._inbound, self._outbound = Inbound(), Outbound()
+        self._doors: dict[Incarnation, bytes] = {}
+        self._posted: dict[bytes, dict[int, tuple[int, int, int]]] = {}
+        """By door and tag: (grant, index, page)."""
+        self._numbered = self._sent = self._received = 0
+        self._commands: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._live, name="twin", daemon=True)
+        self._thread.start()
+
+    # -------------------------------------------------------------------------------------------------- from any thread
+
+    @property
+    def counts(self) -> TransferCounts:
+        size = self._places.page_bytes
+        return TransferCounts(self._sent, self._sent * size, self._received, self._received * size, self._outbound.failures)
+
+    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+        self._command(self._expect, peer, grant, pages, indices)
+
+    def abandon(self, grant: int, *, told: bool) -> None:
+        self._command(self._abandon, grant, told)
+
+    def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+        self._command(self._push, peer, to, handoff, grant, pages, indices)
+
+    def finish_push(self, handoff: int, grant: int) -> None:
+        self._command(self._finish, handoff, grant)
+
+    def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
+        self._command(self._flush, peer, to, handoff, grant, indices)
+
+    def close_peer(self, peer: Incarnation) -> None:
+        self._command(self._close_peer, peer)
+
+    def close(self) -> None:
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(PUSH_S)
+
+    def _command(self, command: Callable[..., None], *arguments: object) -> None:
+        with self._wake:
+            self._commands.append((command, arguments))
+            self._wake.notify()
+
+    # -------------------------------------------------------------------------------------------------- on its own thread
+
+    def _live(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._commands or self._stopping, timeout=PUSH_S / 10)
+                if self._stopping:
+                    break
+                ready, self._commands = self._commands, deque()
+            for command, arguments in ready:
+                command(*arguments)
+            self._emit(self._outbound.late(time.monotonic()))
+        for address in self._doors.values():
+            self._board.doors.pop(address, None)
+
+    def _emit(self, events: list[TransferEvent]) -> None:
+        for event in events:
+            self._on_event(event)
+
+    # ------------------------------------------------------------------------------------------------------- receiving
+
+    def _expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+        address = self._doors.get(peer)
+        if address is None:
+            address = self._doors[peer] = b"twin-%d" % next(self._board.numbers)
+            self._board.doors[address] = self
+            self._posted[address] = {}
+        for page, index in zip(pages, indices, strict=True):
+            self._posted[address][tag(grant, index, self._places.rank)] = (grant, index, page)
+        self._emit([Posted(grant, GrantedRank(self._places.shard, address)), *self._inbound.expect(peer, grant, len(pages))])
+
+    def _abandon(self, grant: int, told: bool) -> None:
+        if not told:
+            for posted in self._posted.values():
+                for number in [number for number, place in posted.items() if place[0] == grant]:
+                    del posted[number]
+        self._emit(self._inbound.abandon(grant, told=told))
+
+    def _deliver(self, address: bytes, number: int, content: Any, left: Callable[[], None]) -> None:
+        """A page announced by its sender; None is an empty message. Closed doors and unknown tags discard it."""
+        place = self._posted.get(address, {}).pop(number, None)
+        if place is not None:
+            grant, index, page = place
+            wanted, checksum = self._inbound.wanted(grant), None
+            if content is not None:
+                self._places.row(page)[:] = content
+                if wanted:
+                    self._received += 1
+                    checksum = self._places.checksum(page, index) if self._checksums else None
+            self._emit(self._inbound.completed(grant, index, checksum, whole=content is not None))
+        left()
+
+    # --------------------------------------------------------------------------------------------------------- sending
+
+    def _push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+        push = self._outbound.push(peer, handoff, grant, time.monotonic())
+        other = self._board.doors.get(to.address)
+        if other is None:
+            self._emit(self._outbound.fail(push, "no way to the peer"))
+        for page, index in zip(pages, indices, strict=True):
+            if push.over or other is None:
+                return
+            push.under_way += 1
+            if self._checksums:
+                push.sums[index] = self._places.checksum(page, index)
+            self._numbered += 1
+            struck = self._fault.strikes(self._numbered)
+            if struck == "fail":
+                self._emit(self._outbound.fail(push, "an injected fault"))
+            elif struck == "stall":
+                push.held.add(index)
+            else:
+                content = self._places.spoiled(page) if struck == "corrupt" else self._places.row(page)
+                number = tag(grant, index, to.shard.rank)
+                other._command(other._deliver, to.address, number, content, lambda: self._command(self._left, push))
+
+    def _left(self, push: Push) -> None:
+        self._sent += 1
+        self._emit(self._outbound.left(push, time.monotonic()))
+
+    def _finish(self, handoff: int, grant: int) -> None:
+        self._emit(self._outbound.finish(handoff, grant, time.monotonic()))
+
+    def _flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
+        held = self._outbound.withdraw(handoff, grant)
+        other = self._board.doors.get(to.address)
+        for index in {*indices, *held} if other is not None else ():
+            other._command(other._deliver, to.address, tag(grant, index, to.shard.rank), None, lambda: None)
+
+    # --------------------------------------------------------------------------------------------------------- closing
+
+    def _close_peer(self, peer: Incarnation) -> None:
+        self._emit(self._outbound.close(peer))
+        address = self._doors.pop(peer, None)
+        if address is not None:
+            self._board.doors.pop(address, None)
+            cancelled = self._posted.pop(address)
+            events = self._inbound.close(peer)
+            for grant, index, _ in cancelled.values():
+                events += self._inbound.completed(grant, index, None, whole=False)
+            self._emit(events)

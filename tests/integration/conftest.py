@@ -1,0 +1,79 @@
+"""Whole systems for the integration tests: real processes, a real Valkey, the real small model in float32."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from scripts.launcher.__main__ import wait_served
+from scripts.launcher.cluster import Cluster, Shape
+
+SETTLE_S = 10.0
+SMALL = {"max_request_tokens": "2048", "pages": "640"}
+"""Pools that the tests can fill, for every worker."""
+
+
+def small(model: Path, **shape: Any) -> Shape:
+    flags = {**SMALL, **shape.pop("worker_flags", {})}
+    return Shape(model=model, dtype="float32", model_name="smollm2", worker_flags=flags, **shape)
+
+
+def figures(cluster: Cluster, name: str) -> dict[str, float]:
+    """What one worker exports to Prometheus, by the short name."""
+    facts = cluster.children[name].facts
+    assert facts is not None
+    text = httpx.get(f"http://127.0.0.1:{facts['metrics_port']}/metrics", timeout=5).text
+    lines = [line.split() for line in text.splitlines() if line.startswith("baton_worker_")]
+    return {name.removeprefix("baton_worker_"): float(value) for name, value in lines}
+
+
+def assert_conserved(cluster: Cluster) -> None:
+    """Everything is free once the work is done: no page held or in transit, nothing kept for anybody."""
+    give_up = time.monotonic() + SETTLE_S
+    while True:
+        states = {child.name: figures(cluster, child.name) for child in cluster.workers if child.alive and child.facts}
+        busy = {
+            name: state
+            for name, state in states.items()
+            if state["pages_free"] + state["pages_cached"] != state["pages_total"] or state["executions"]
+        }
+        if not busy:
+            return
+        if time.monotonic() > give_up:
+            raise AssertionError(f"not conserved: {busy}")
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def launch(smollm2: Path) -> Iterator[Callable[..., Cluster]]:
+    """Start systems; all end with the module, after a look at their pools."""
+    running: list[Cluster] = []
+
+    def start(**shape: Any) -> Cluster:
+        cluster = Cluster(small(smollm2, **shape))
+        cluster.start()
+        running.append(cluster)
+        for url in cluster.urls:
+            wait_served(url)
+        return cluster
+
+    yield start
+    for cluster in running:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def pair(launch: Callable[..., Cluster]) -> Cluster:
+    """One prefill, one decode, one gateway."""
+    return launch()
+
+
+@pytest.fixture
+def conserved(pair: Cluster) -> Iterator[None]:
+    yield
+    assert_conserved(pair)

@@ -1,0 +1,477 @@
+"""The workers of the simulated fleet: what the drivers of services/{worker,prefill,decode} must do with each action, without sockets."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
+
+from common.beats import Liveness
+from common.messages import (
+    Cancel,
+    Event,
+    GatewayBeat,
+    Key,
+    Layout,
+    Letter,
+    Offer,
+    Parcel,
+    PeerBeat,
+    Pushed,
+    Resend,
+    Role,
+    WorkerBeat,
+    Withdraw,
+    decode,
+    encode,
+)
+from common.names import BEAT_S
+from common.queue import Claimed, Entry
+from services.decode import inbound
+from services.decode.core import DecodeCore
+from services.decode.inbound import Inbound
+from services.engine.pages import PagePool
+from services.engine.plan import Chunk, Draw, Outcome, Plan, Snapshot, StepOutput
+from services.engine.policies import Limits
+from services.engine.scheduler import Scheduler
+from services.prefill import handoffs
+from services.prefill.core import PrefillCore
+from services.prefill.handoffs import Handoffs, Load
+from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent, TransferEvent
+from services.worker.outbox import Outbox
+from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
+from tests.unit.recovery.carrier import SHARD, Carrier
+from tests.unit.recovery.fabric import PAGE_TOKENS, Process, kv_next, kv_root, next_token
+
+if TYPE_CHECKING:
+    from tests.unit.recovery.world import World
+
+FLEET, FINGERPRINT = "sim", "f"
+LAYOUT = Layout(1, 1, PAGE_TOKENS, 1, "float32")
+DRAIN_S = 5.0
+SWEEP_S, ORPHAN_S = 10.0, 30.0
+
+
+class Worker(Process):
+    """Engine thread, beats, gateways and outbox: services/worker/{worker,gateways}.py and services/engine/engine.py."""
+
+    role: Role
+    core: PrefillCore | DecodeCore
+
+    def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
+        super().__init__(name)
+        self.world = world
+        self.outbox = Outbox()
+        self.pool = PagePool(pages, PAGE_TOKENS)
+        self.scheduler = Scheduler(self.pool, "chunked", Limits(16, 8, max_batch=8, growth_pages=1), depth=depth)
+        self.snapshot: Snapshot = self.scheduler.snapshot()
+        self.gateways = Liveness()
+        self.addresses: set[str] = set()
+        """Gateways for which a token socket is open."""
+        self.draining = False
+        self.drain_until = 0.0
+        self.acknowledging = 0
+        self.owner: dict[int, int] = {}
+        """Page in transit → the grant whose receives are posted into it."""
+        self.carrier = Carrier(
+            self, world.clock, world.rng, world.weather, world.carriers, self.transferred, self.owns, pages
+        )
+        self._sequence = 0
+        self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
+        self._launches: deque[Plan] = deque()
+        self._computing = False
+        self.in_launch: set[Key] = set()
+        self.longest_step_s = 1.0
+        world.clock.after(world.rng.random() * BEAT_S, lambda: self.deliver("timer", self.beat_forever))
+
+    # -------------------------------------------------------------------------------------------------------- the engine
+
+    def post(self, command: Callable[..., None], *arguments: Any) -> None:
+        self._inbox.append((command, arguments))
+        self.world.clock.after(0.0001, lambda: self.deliver("engine", self._turn))
+
+    def _turn(self) -> None:
+        """Commands, then as many launches as may be in flight; outcomes before the launch that follows them."""
+        while self._inbox:
+            command, arguments = self._inbox.popleft()
+            command(*arguments)
+        while (plan := self.scheduler.next()) is not None:
+            self._launches.append(plan)
+            self.in_launch |= {chunk.sequence.key for chunk in plan.chunks}
+            self._report()
+        self._report()
+        self.pool.check()
+        if self._launches and not self._computing:
+            self._computing = True
+            self.world.clock.after(self.world.rng.choice((0.01, 0.03, 0.1)), lambda: self.deliver("engine", self._collect))
+
+    def _collect(self) -> None:
+        plan = self._launches.popleft()
+        self._computing = False
+        if self.world.rng.random() < self.world.weather.launch_fail:
+            self.scheduler.abort(plan, "an injected failure")
+        else:
+            self.scheduler.commit(plan, StepOutput(tuple(self._compute(chunk) for chunk in plan.chunks)))
+        self.in_launch = {chunk.sequence.key for other in self._launches for chunk in other.chunks}
+        self._turn()
+
+    def _compute(self, chunk: Chunk) -> Draw | None:
+        """Write the chunk's KV behind what lies in the pages, and draw from it. Every KV read must be the right one."""
+        sequence = chunk.sequence
+        if len(sequence.ids) < chunk.start + chunk.tokens:
+            return Draw(0)  # its input was never drawn: the sequence ended meanwhile, and this is void
+        if not sequence.pages:
+            return Draw(0)
+        kv = kv_root(sequence.sampling.seed)
+        for position in range(chunk.start + chunk.tokens):
+            page = self.carrier.memory[sequence.pages[position // PAGE_TOKENS]]
+            kv = kv_next(kv, sequence.ids[position])
+            if position >= chunk.start:
+                page[position % PAGE_TOKENS] = kv
+            assert page[position % PAGE_TOKENS] == kv, f"{self.name}: {sequence.key} reads KV that is not its own at {position}"
+        return Draw(next_token(kv)) if chunk.draws else None
+
+    def _report(self) -> None:
+        outcomes, snapshot = self.scheduler.take_outcomes(), self.scheduler.snapshot()
+        if outcomes or snapshot != self.snapshot:
+            self.world.clock.after(0.0001, lambda: self.deliver("loop", lambda: self._outcomes(outcomes, snapshot)))
+
+    def _outcomes(self, outcomes: list[Outcome], snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        for outcome in outcomes:
+            self.carry_out(self.core.outcome(outcome, self.world.now))
+        self.flush()
+        self.woken()
+
+    # ----------------------------------------------------------------------------------------------------------- actions
+
+    def do(self, actions: list[Any]) -> None:
+        self.carry_out(actions)
+        self.flush()
+
+    def carry_out(self, actions: list[Any]) -> None:
+        for action in actions:
+            match action:
+                case Submit(sequence):
+                    self.post(self.scheduler.submit, sequence)
+                case Stop(key):
+                    self.post(self.scheduler.cancel, key)
+                case Release(key):
+                    self.post(self.scheduler.release, key)
+                case Acknowledge(entry):
+                    self._acknowledge(entry)
+                case _:
+                    self.perform(action)
+
+    def perform(self, action: Any) -> None:
+        raise NotImplementedError
+
+    def woken(self) -> None:
+        pass
+
+    def transferred(self, event: TransferEvent) -> None:
+        raise NotImplementedError
+
+    def owns(self, page: int, grant: int) -> bool:
+        return page in self.pool._in_transit and self.owner.get(page) == grant
+
+    def _acknowledge(self, entry: Entry) -> None:
+        """Retried until Redis is there: here simply later."""
+        self.acknowledging += 1
+
+        def done() -> None:
+            if self.world.queue.away:
+                self.world.clock.after(0.5, lambda: self.deliver("redis", done))
+                return
+            self.world.queue.remove(entry)
+            self.acknowledging -= 1
+
+        self.world.clock.after(self.world.wires.latency(), lambda: self.deliver("redis", done))
+
+    # ---------------------------------------------------------------------------------------------------------- gateways
+
+    def meet(self, gateway: str) -> None:
+        if gateway not in self.gateways.alive:
+            self.gateways.heard(gateway, self.world.now)
+            self.addresses.add(gateway)
+
+    def flush(self) -> None:
+        for gateway, events in self.outbox.take().items():
+            self.publish(gateway, list(events))
+
+    def publish(self, gateway: str, events: list[Event]) -> None:
+        target = self.world.processes.get(gateway)
+        if gateway not in self.addresses or target is None:
+            return
+        data = encode(Parcel(self.name, gateway, events))
+        self.world.wires.send("tokens", self, target, decode(data, Parcel), lambda: target.parcel(decode(data, Parcel)))
+
+    def letter(self, letter: Letter) -> None:
+        if letter.to != self.name:
+            return
+        match letter.body:
+            case GatewayBeat() as beat:
+                self.meet(letter.sender)
+                self.gateways.heard(letter.sender, self.world.now)
+                for key in self.outbox.seen(beat.seen):
+                    self.do(self.core.over(key))
+            case Cancel(key):
+                for own in self.outbox.meant_by(key) or [key]:
+                    self.outbox.forget(own)
+                    self.do(self.core.cancel(own, self.world.now))
+            case Resend(key, index):
+                self.outbox.resend(letter.sender, key, index)
+                self.flush()
+            case _:
+                self.peer_letter(letter)
+
+    def peer_letter(self, letter: Letter) -> None:
+        raise NotImplementedError
+
+    def facts(self) -> WorkerBeat:
+        pool = self.snapshot.pool
+        return WorkerBeat(
+            self.role, self._sequence, self.snapshot.step, self.snapshot.in_flight > 0, self.longest_step_s,
+            pool.free + pool.cached, pool.total, self.snapshot.running + self.snapshot.parked,
+            self.snapshot.waiting + self.snapshot.inbound, self.draining,
+        )  # fmt: skip
+
+    def beat(self) -> None:
+        self._sequence += 1
+        for gateway in sorted(self.gateways.alive):
+            self.publish(gateway, [replace(self.facts(), holding=self.outbox.holding(gateway))])
+
+    def beat_forever(self) -> None:
+        self.beat()
+        for gateway, _ in self.gateways.dead(self.world.now):
+            self.gateways.forget(gateway)
+            self.addresses.discard(gateway)
+            for key in self.outbox.of(gateway):
+                self.outbox.forget(key)
+                self.do(self.core.cancel(key, self.world.now))
+        self.do(self.tick(self.world.now))
+        if self.draining and ((not len(self.outbox) and not self.acknowledging) or self.world.now > self.drain_until):
+            self.world.ended(self)
+            return
+        self.world.clock.after(BEAT_S, lambda: self.deliver("timer", self.beat_forever))
+
+    def tick(self, now: float) -> list[Any]:
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        self.draining, self.drain_until = True, self.world.now + DRAIN_S
+        self.do(self.core.drain(self.world.now))
+        self.beat()
+
+    def send(self, to: str, body: Any) -> None:
+        self.world.control(self, to, body)
+
+    @property
+    def runs(self) -> Runs:
+        return self.core.runs
+
+    def leftovers(self) -> list[str]:
+        """What must be gone when nothing runs."""
+        counts = self.pool.counts
+        found = {
+            "pages": counts.total - counts.free,
+            "outbox": len(self.outbox),
+            "runs": len(self.runs),
+            "scheduler": len(self.scheduler.keys()) + self.snapshot.inbound,
+            "transfer": 0 if self.carrier.quiet else 1,
+        }
+        return [f"{self.name} {what}: {count}" for what, count in found.items() if count]
+
+
+class Prefill(Worker):
+    """services/prefill/{worker,peers}.py and services/worker/claims.py."""
+
+    role: Role = "prefill"
+
+    def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
+        super().__init__(world, name, pages, depth)
+        self.core: PrefillCore = PrefillCore(
+            self.outbox, Handoffs(PAGE_TOKENS, world.rng), fingerprint=FINGERPRINT, page_tokens=PAGE_TOKENS,
+            max_request_tokens=world.max_request_tokens,
+        )  # fmt: skip
+        self.decodes = Liveness()
+        self.links: dict[str, int] = {}
+        self.beats: dict[str, WorkerBeat] = {}
+        self._claiming = False
+        for every, what in ((0.25, self.woken), (SWEEP_S, self.sweep)):
+            self._forever(every, what)
+
+    def _forever(self, every: float, what: Callable[[], None]) -> None:
+        def again() -> None:
+            what()
+            self._forever(every, what)
+
+        self.world.clock.after(every, lambda: self.deliver("claims", again))
+
+    def woken(self) -> None:
+        """Claim if there is room; the reply may be lost, and the entry is then pending here for ever."""
+        if self._claiming or self.draining or self._wanted() <= 0 or self.world.queue.away:
+            return
+        claimed = self.world.queue.claim(self.name)
+        if claimed is None or self.world.rng.random() < self.world.weather.claim_loss:
+            return
+        self._claiming = True
+        self.world.clock.after(self.world.wires.latency(), lambda: self.deliver("redis", lambda: self._claimed(claimed)))
+
+    def _wanted(self) -> int:
+        snapshot = self.snapshot
+        if self.runs.unbegun or snapshot.pool.free == 0 or (snapshot.in_flight and not snapshot.unplanned_tokens):
+            return 0
+        return 16 - snapshot.unplanned_tokens
+
+    def _claimed(self, claimed: Claimed) -> None:
+        self._claiming = False
+        if self.draining:
+            return
+        self.meet(claimed.job.gateway)
+        self.do(self.core.claimed(claimed.entry, claimed.job, self.world.now))
+
+    def sweep(self) -> None:
+        for entry, state, job in self.world.queue.pending():
+            if state.idle_s > ORPHAN_S and job.gateway not in self.gateways.alive:
+                self.world.queue.remove(entry)
+
+    def introduced(self, name: str, role: Role) -> None:
+        if role == "decode" and name not in self.links:
+            self.links[name] = 0
+            self._beat_to(name)
+
+    def _beat_to(self, peer: str) -> None:
+        pursued = self.core.handoffs.pursued(peer)
+        self.send(peer, PeerBeat(self._sequence, self.links[peer], FLEET, FINGERPRINT, LAYOUT, [SHARD], pursued))
+
+    def peer_letter(self, letter: Letter) -> None:
+        now = self.world.now
+        if isinstance(letter.body, WorkerBeat):
+            beat = letter.body
+            self.decodes.beat(letter.sender, beat.step, beat.busy, beat.longest_step_s, now)
+            self.beats[letter.sender] = beat
+        else:
+            self.do(self.core.letter(letter.sender, letter.body, now))  # type: ignore[arg-type]
+
+    def tick(self, now: float) -> list[Any]:
+        actions: list[Any] = []
+        for peer, _ in self.decodes.dead(now):
+            self.decodes.forget(peer)
+            self.beats.pop(peer, None)
+            actions += self.core.peer_dead(peer, now)
+        for peer in sorted(self.links):
+            self._beat_to(peer)
+        loads = {
+            peer: Load(beat.running + beat.waiting, beat.free_pages)
+            for peer, beat in self.beats.items()
+            if peer in self.decodes.alive and not beat.draining
+        }
+        self.core.handoffs.decodes(loads)
+        return actions + self.core.tick(now)
+
+    def perform(self, action: Any) -> None:
+        match action:
+            case handoffs.Send(to, body):
+                self.send(to, body)
+            case handoffs.Push():
+                self.carrier.push(action.to, action.rank, action.handoff, action.grant, action.pages, action.indices)
+            case handoffs.FinishPush(number, grant):
+                self.carrier.finish_push(number, grant)
+            case handoffs.Flush():
+                self.carrier.flush(action.to, action.rank, action.handoff, action.grant, action.indices)
+            case handoffs.ResetLink(peer):
+                self.carrier.close_peer(peer)
+                self.links[peer] = self.links.get(peer, 0) + 1
+                self._beat_to(peer)
+            case _:
+                raise AssertionError(action)
+
+    def transferred(self, event: TransferEvent) -> None:
+        match event:
+            case Sent():
+                self.do(self.core.sent(event, self.world.now))
+            case PushFailed():
+                self.do(self.core.push_failed(event, self.world.now))
+            case _:
+                raise AssertionError(event)
+
+    def leftovers(self) -> list[str]:
+        ways = self.core.handoffs
+        state = len(ways) + len(ways._by_number) + len(ways._withdrawing)
+        return super().leftovers() + ([f"{self.name} handoffs: {state}"] if state else [])
+
+
+class Decode(Worker):
+    """services/decode/worker.py."""
+
+    role: Role = "decode"
+
+    def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
+        super().__init__(world, name, pages, depth)
+        self.core: DecodeCore = DecodeCore(
+            self.outbox, Inbound(PAGE_TOKENS, world.max_request_tokens), max_request_tokens=world.max_request_tokens
+        )
+        self.prefills = Liveness()
+
+    def introduced(self, name: str, role: Role) -> None:
+        pass
+
+    def peer_letter(self, letter: Letter) -> None:
+        body, now = letter.body, self.world.now
+        assert isinstance(body, PeerBeat | Offer | Pushed | Withdraw), body
+        if isinstance(body, PeerBeat):
+            self.prefills.heard(letter.sender, now)
+        if isinstance(body, Offer):
+            self.meet(body.job.gateway)
+        self.do(self.core.letter(letter.sender, body, now))
+
+    def tick(self, now: float) -> list[Any]:
+        actions: list[Any] = []
+        for peer, _ in self.prefills.dead(now):
+            self.prefills.forget(peer)
+            actions += self.core.peer_dead(peer, now)
+        for peer in sorted(self.prefills.alive):
+            self.send(peer, self.facts())
+        return actions + self.core.tick(now)
+
+    def perform(self, action: Any) -> None:
+        match action:
+            case inbound.Send(to, body):
+                self.send(to, body)
+            case inbound.Reserve(handoff, sequence):
+                self.post(self.scheduler.reserve, handoff, sequence)
+            case inbound.Lapse(handoff):
+                self.post(self.scheduler.lapse, handoff)
+            case inbound.Land(handoff):
+                self.post(self.scheduler.landed, handoff)
+            case inbound.Expect(handoff, grant, pages, indices):
+                for page in pages:
+                    self.owner[page] = grant
+                self.carrier.expect(handoff[0], grant, pages, indices)
+            case inbound.Abandon(grant, told):
+                self.carrier.abandon(grant, told=told)
+            case inbound.ClosePeer(peer):
+                self.carrier.close_peer(peer)
+            case inbound.Commit(handoff, _, token):
+                self.post(self.scheduler.admit, handoff, token)
+            case _:
+                raise AssertionError(action)
+
+    def transferred(self, event: TransferEvent) -> None:
+        match event:
+            case Posted():
+                self.do(self.core.posted(event, self.world.now))
+            case Arrived():
+                self.do(self.core.arrived(event, self.world.now))
+            case Landed():
+                self.do(self.core.landed(event, self.world.now))
+            case _:
+                raise AssertionError(event)
+
+    def leftovers(self) -> list[str]:
+        way = self.core.inbound
+        state = len(way._arrivals) + len(way._by_grant)
+        return super().leftovers() + ([f"{self.name} arrivals: {state}"] if state else [])
