@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeVar
 from common.errors import SettingError
 
 PREFIX = "BATON_"
-OURS = frozenset({"BATON_TEST_MODEL"})
-"""Variables of the project that are no settings of a process."""
+TESTS = "BATON_TEST_"
+"""Variables of the test suite, which are no settings of a process."""
 
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -58,7 +58,8 @@ class WorkerSettings(CommonSettings):
     budget_tokens: int | None = setting(None, "prompt tokens in one launch; default: measured at start", low=1)
     chunk_s: float = setting(0.5, "a long prompt runs in chunks of about this long", low=0.01, high=60)
     metrics_port: int = setting(0, "port for Prometheus on `host`; 0: any free one, named in the ready file", low=0, high=65535)
-    fault: str = setting("", "injected transfer fault, for tests: fail, stall or corrupt, and when")
+    fault: str = setting("", "injected transfer fault, for tests: fail:N, stall:N or corrupt:N, every N-th page")
+    die: str = setting("", "injected death, for tests: STAGE:N kills the worker when the N-th request comes to that stage")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ def _words(kind: type[CommonSettings], argv: Sequence[str], environ: Mapping[str
     every = {f.name for one in (WorkerSettings, GatewaySettings) for f in fields(one)}
     pairs = []
     for variable, text in environ.items():
-        if variable.startswith(PREFIX) and variable not in OURS:
+        if variable.startswith(PREFIX) and not variable.startswith(TESTS):
             name = variable.removeprefix(PREFIX).lower()
             if name not in every:
                 raise SettingError(f"{variable}: no such setting{_nearest(name, every, lambda n: PREFIX + n.upper())}")

@@ -237,7 +237,7 @@ class LiveDesk:
             except QueueError as error:
                 log.warning("cannot look at the queue", error=error)
                 continue
-            self._do(self._ledger.judge(states, self._liveness.alive, time.monotonic()))
+            self._do(self._ledger.judge(states, time.monotonic()))
 
     # ------------------------------------------------------------------------------------------------------ its actions
 

@@ -91,6 +91,8 @@ class Flight:
     prefill: Incarnation | None = None
     """The worker that claimed the job (a prefill, or a colocated one)."""
     decode: Incarnation | None = None
+    handed: bool = False
+    """The prefill has let go of it: what it still says of it is old."""
     holders: dict[Incarnation, float] = field(default_factory=dict)
     """Workers that claim the execution, with the moment of their latest word on it."""
     launched: dict[Incarnation, bool] = field(default_factory=dict)
@@ -152,14 +154,16 @@ class Flight:
         self.first_index = self.index
         self.timeline.attempts = self.attempt
         self.execution = self.prefill = self.decode = None
+        self.handed = False
         self.holders.clear()
         self.launched.clear()
         self._stage_s = {}
 
     def drop_holder(self, worker: Incarnation) -> bool:
-        """Whether the flight is now held by nobody because of it. A dead prefill leaves a decode that has committed undisturbed."""
+        """Whether the attempt is over because of it: nobody holds it any more, or its one decode is gone (an attempt has no second one,
+        rule 1). A dead prefill leaves a decode that has committed undisturbed."""
         held = self.holders.pop(worker, None) is not None
-        return held and not self.holders
+        return held and (not self.holders or worker == self.decode)
 
     # ----------------------------------------------------------------------------------------------------- the timeline
 

@@ -10,7 +10,6 @@ execution. When the last holder dies, lets go or forgets, the flight gets a new 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TypeAlias
 
 from common.errors import RequestError, Unavailable
@@ -83,7 +82,9 @@ class Ledger:
         flight = self._flights.get((request_id, choice))
         if flight is None or flight.attempt != attempt:
             return []
-        if attempt == 1 and flight.execution is None:
+        if flight.execution is not None:
+            return []  # it had entered all the same
+        if attempt == 1:
             return self._end(flight, error=Unavailable("the job queue cannot be reached: try again later"))
         flight.put_again_at = now + PUT_RETRY_S
         return []
@@ -92,9 +93,8 @@ class Ledger:
         """Entries whose fate the desk looks up once a second, for `judge`."""
         return [f.entry for f in self._flights.values() if f.entry is not None and f.execution is None]
 
-    def judge(self, states: dict[Entry, EntryState], alive: Iterable[Incarnation], now: float) -> list[Action]:
+    def judge(self, states: dict[Entry, EntryState], now: float) -> list[Action]:
         """Rule 4: an entry that vanished, or that a consumer holds who is dead or does not speak of it, is put again."""
-        living = set(alive)
         actions: list[Action] = []
         for flight in list(self._flights.values()):
             if flight.entry is None or flight.execution is not None or flight.entry not in states:
@@ -102,10 +102,9 @@ class Ledger:
             if now - flight.put_at < DEAD_S:
                 continue
             state = states[flight.entry]
-            orphaned = isinstance(state, Absent)
-            if isinstance(state, Pending):
-                orphaned = state.consumer not in living or state.idle_s > DEAD_S
-            if orphaned:
+            # A consumer that is dead and one that has lost the reply look alike: delivered, and not a word of it for as long as death takes.
+            # Who lives is not asked: one that has just started claims before its first beat is heard.
+            if isinstance(state, Absent) or (isinstance(state, Pending) and state.idle_s > DEAD_S):
                 actions += self._again(flight, now)
         return actions
 
@@ -118,12 +117,14 @@ class Ledger:
         """One event of a worker. Events of older attempts, second executions and strangers are dropped and cancelled."""
         if isinstance(event, WorkerBeat):
             return self._beat(sender, event, now)
-        if isinstance(event, Finished | Lost | Handed):
-            self._finals.setdefault(sender, set()).add(event.key)
+        if sender not in self._roles:
+            return []  # nobody has introduced it yet, or it was dead: its next beat says what it is, and what was missed
         flight = self._current(event.key)
         if flight is None or not self._bind(flight, sender, event.key, now):
-            over = isinstance(event, Finished | Lost | Handed) or (isinstance(event, Resent) and event.unknown)
-            return [] if over else [Tell(sender, Cancel(event.key))]
+            if isinstance(event, Finished | Lost | Handed):
+                self._final(sender, event.key)
+                return []
+            return [] if isinstance(event, Resent) and event.unknown else [Tell(sender, Cancel(event.key))]
         match event:
             case Started():
                 flight.transferred(event.transfer_s)
@@ -132,11 +133,11 @@ class Ledger:
                 flight.spent(self._roles.get(sender), event)
                 return self._tokens(flight, sender, event.tokens, now)
             case Handed():
-                return self._handed(flight, sender, event)
+                return self._handed(flight, sender, event, now)
             case Finished():
-                return [] if flight.index >= event.index else [Tell(sender, Resend(event.key, flight.index))]
+                return self._finished(flight, sender, event, now)
             case Lost():
-                return self._lost(flight, event, now)
+                return self._lost(flight, sender, event, now)
             case Resent():
                 return self._resent(flight, sender, event, now)
 
@@ -209,10 +210,14 @@ class Ledger:
                 return False
         elif flight.prefill is None:
             flight.prefill = sender
-        elif flight.prefill != sender:
+        elif flight.prefill != sender or flight.handed:
             return False
         flight.holders[sender] = now
         return True
+
+    def _final(self, sender: Incarnation, key: Key) -> None:
+        """Its last word on this execution is known, or of no interest: it may forget it (rule 5)."""
+        self._finals.setdefault(sender, set()).add(key)
 
     def _beat(self, sender: Incarnation, beat: WorkerBeat, now: float) -> list[Action]:
         """A beat's holdings say again what lost events said, and show what is missing (it cannot overtake tokens)."""
@@ -224,12 +229,10 @@ class Ledger:
 
     def _holding(self, sender: Incarnation, holding: Holding, now: float) -> list[Action]:
         flight = self._current(holding.key)
-        if flight is None or (holding.ended and sender not in flight.holders):
+        if flight is None or not self._bind(flight, sender, holding.key, now):
             if holding.ended:
-                self._finals.setdefault(sender, set()).add(holding.key)
+                self._final(sender, holding.key)
                 return []
-            return [Tell(sender, Cancel(holding.key))]
-        if not self._bind(flight, sender, holding.key, now):
             return [Tell(sender, Cancel(holding.key))]
         flight.launched[sender] = holding.launched
         if holding.ended or holding.index > flight.index:
@@ -252,17 +255,31 @@ class Ledger:
             actions.append(Tell(sender, Resend(flight.key, flight.index)))
         return actions
 
-    def _handed(self, flight: Flight, sender: Incarnation, event: Handed) -> list[Action]:
+    def _handed(self, flight: Flight, sender: Incarnation, event: Handed, now: float) -> list[Action]:
+        """From now on the decode holds it; one that is dead already falls silent as a holder."""
+        self._final(sender, event.key)
+        flight.handed = True
         actions: list[Action] = []
         if flight.decode is None:
             flight.decode = event.to
-            flight.holders[event.to] = flight.holders[sender]
+            flight.holders[event.to] = now
         elif flight.decode != event.to:
             actions.append(Tell(event.to, Cancel(event.key)))
         flight.drop_holder(sender)
         return actions
 
-    def _lost(self, flight: Flight, event: Lost, now: float) -> list[Action]:
+    def _finished(self, flight: Flight, sender: Incarnation, event: Finished, now: float) -> list[Action]:
+        """The flight would be over had every token come: ask for those that are missing, and acknowledge nothing before."""
+        if flight.index < event.index:
+            return [Tell(sender, Resend(event.key, flight.index))]
+        self._final(sender, event.key)
+        return self._again(flight, now)
+
+    def _lost(self, flight: Flight, sender: Incarnation, event: Lost, now: float) -> list[Action]:
+        self._final(sender, event.key)
+        if sender != flight.decode and flight.decode in flight.holders:
+            flight.drop_holder(sender)  # a prefill that never learnt that it was rid of it
+            return []
         if event.reason == "expired":
             return self._end(flight, error=Unavailable("the request's deadline has passed", code="deadline_exceeded"))
         if event.reason == "refused":

@@ -88,6 +88,7 @@ class DecodeCore:
 
     def _resolve(self, actions: list[inbound.Action], now: float) -> list[Action]:
         for action in actions:
-            if isinstance(action, Commit):
+            # One that runs here already, through an earlier handoff, keeps its words; the engine drops the second pages by itself.
+            if isinstance(action, Commit) and self.runs.get(action.offer.key) is None:
                 self.runs.committed(action.offer.key, action.offer.job, action.token, action.transfer_s, now)
         return [*actions]

@@ -16,6 +16,9 @@ from services.engine.sequence import Sequence
 from services.transfer.protocol import Arrived, Posted
 from services.worker.jobs import sequence_of, unfit
 
+LAND_S = 10.0
+"""An abandoned grant that has not landed by then never will on this link: a page is stuck in it. The link is closed."""
+
 # ------------------------------------------------------------------------------------------------------------- actions
 
 
@@ -114,6 +117,8 @@ class Arrival:
     word: Pushed | None = None
     word_at: float = 0.0
     arrived: Arrived | None = None
+    abandoned_at: float | None = None
+    """The first tick that saw it abandoned."""
 
 
 class Inbound:
@@ -233,19 +238,28 @@ class Inbound:
         return actions
 
     def drain(self) -> list[Action]:
-        """Take nothing new; what stands in line goes elsewhere, what is in transit may still arrive."""
+        """Take nothing new; what stands in line or is in transit goes elsewhere: it would only have to be handed back (rule 12)."""
         self.draining = True
         actions: list[Action] = []
         for handoff, arrival in list(self._arrivals.items()):
-            if arrival.stage is Stage.LINED_UP:
+            if arrival.stage in (Stage.LINED_UP, Stage.GRANTED):
                 actions += [*self._abandon(handoff, arrival), Send(handoff[0], Refused(handoff[1], "draining"))]
         return actions
 
     def tick(self, now: float) -> list[Action]:
+        """Offers whose deadline has passed, and links on which a page is stuck."""
         actions: list[Action] = []
+        stuck = set()
         for handoff, arrival in list(self._arrivals.items()):
             if now > arrival.deadline and arrival.stage in (Stage.LINED_UP, Stage.GRANTED):
                 actions += [*self._abandon(handoff, arrival), Send(handoff[0], Refused(handoff[1], "the deadline has passed"))]
+            if arrival.stage is Stage.ABANDONED:
+                arrival.abandoned_at = now if arrival.abandoned_at is None else arrival.abandoned_at
+                if now - arrival.abandoned_at > LAND_S:
+                    arrival.abandoned_at = now
+                    stuck.add(handoff[0])
+        for peer in sorted(stuck):
+            actions += self._close(peer)
         return actions
 
     # ---------------------------------------------------------------------------------------------------------- inside

@@ -14,7 +14,7 @@ from common.service import Service
 from common.settings import WorkerSettings
 from services.decode.core import Action, DecodeCore
 from services.decode.inbound import Abandon, ClosePeer, Commit, Expect, Inbound, Land, Lapse, Reserve, Send
-from services.engine.plan import Outcome
+from services.engine.plan import Drawn, Outcome
 from services.transfer.faults import parse
 from services.transfer.protocol import Arrived, Landed, Posted, TransferEvent
 from services.transfer.ucx import UcxTransfer
@@ -45,6 +45,8 @@ class DecodeWorker(Worker[Action]):
         return self._core.runs
 
     def outcome(self, outcome: Outcome, now: float) -> list[Action]:
+        if isinstance(outcome, Drawn):
+            self.death.strike("decode")
         return self._core.outcome(outcome, now)
 
     def cancel(self, key: Key, now: float) -> list[Action]:
@@ -95,6 +97,7 @@ class DecodeWorker(Worker[Action]):
             case Land(handoff):
                 self.engine.post(scheduler.landed, handoff)
             case Expect(handoff, grant, pages, indices):
+                self.death.strike("transfer")
                 self._transfer.expect(handoff[0], grant, pages, indices)
             case Abandon(grant, told):
                 self._transfer.abandon(grant, told=told)
@@ -102,6 +105,7 @@ class DecodeWorker(Worker[Action]):
                 self._transfer.close_peer(peer)
             case Commit(handoff, _, token, _):
                 self.engine.post(scheduler.admit, handoff, token)
+                self.death.strike("decode_queue")
 
     def own_figures(self) -> dict[str, float]:
         return transfer_figures(self._transfer.counts)

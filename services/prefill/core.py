@@ -38,7 +38,7 @@ class PrefillCore:
             case Began():
                 return self._began(outcome, now)
             case Computed():
-                return self._resolve(self.handoffs.computed(outcome.key, outcome.tokens))
+                return self._resolve(self.handoffs.computed(outcome.key, outcome.tokens, now))
             case Drawn():
                 self.runs.drawn(outcome, now)
                 if outcome.finish is not None:

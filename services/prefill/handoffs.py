@@ -37,6 +37,8 @@ OFFER_S = 5.0
 """An offer that stands in line longer is withdrawn and made elsewhere (if there is an elsewhere)."""
 ANSWER_S = 5.0
 """A live decode that has not judged pushed pages by then is given up."""
+SEND_S = 5.0
+"""Pages that have not all left this long after the last was given away are stuck: their link is condemned."""
 
 # ------------------------------------------------------------------------------------------------------------- actions
 
@@ -71,7 +73,7 @@ class FinishPush:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Complete the receives of pages that will never be pushed."""
+    """Complete the receives of pages that will never be pushed, and forget the push. `indices` may be empty."""
 
     to: Incarnation
     rank: GrantedRank
@@ -122,6 +124,7 @@ class Handoff:
     pushed: int = 0
     """Pages given to `Push`, from the first on."""
     finished: bool = False
+    finished_at: float = 0.0
     word: Pushed | None = None
     """Said once all pages have left; repeated until judged."""
     word_at: float = 0.0
@@ -177,13 +180,13 @@ class Handoffs:
         going = self._going[key] = Going(key, job, length, hashes, now, pages)
         return self._offer(going, now)
 
-    def computed(self, key: Key, tokens: int) -> list[Action]:
+    def computed(self, key: Key, tokens: int, now: float) -> list[Action]:
         """A chunk is done: pages below `tokens` are final."""
         going = self._going.get(key)
         if going is None:
             return []
         going.final_pages = tokens // self._page_tokens
-        return self._push(going)
+        return self._push(going, now)
 
     def drawn(self, key: Key, token: Token, now: float) -> list[Action]:
         """The first token: every page is final, the last partial one too."""
@@ -192,7 +195,7 @@ class Handoffs:
             return []
         going.first, going.first_at = token, now
         going.final_pages = len(self._needed(going))
-        return self._push(going)
+        return self._push(going, now)
 
     def drop(self, key: Key, now: float) -> list[Action]:
         """Cancelled, finished or preempted: nothing is handed over any more."""
@@ -217,9 +220,7 @@ class Handoffs:
         handoff = going.handoff if going is not None else self._withdrawing.get(event.handoff)
         if handoff is None:
             return []
-        if going is not None:
-            going.avoid = {handoff.peer}
-        return [ResetLink(handoff.peer), *self._restart(handoff.peer, now)]
+        return self._condemn(handoff.peer, now)
 
     # --------------------------------------------------------------------------------------------- what a decode says
 
@@ -243,7 +244,7 @@ class Handoffs:
                 if handoff.granted is not None:
                     return []
                 handoff.granted = body
-                return self._push(going)
+                return self._push(going, now)
             case Refused():
                 return self._elsewhere(going, now)
             case Rejected():
@@ -274,7 +275,9 @@ class Handoffs:
     def _tick_one(self, going: Going, now: float) -> list[Action]:
         handoff = going.handoff
         if handoff is None:
-            return self._offer(going, now)
+            return self._offer(going, now, anywhere=True)
+        if handoff.finished and handoff.word is None and now - handoff.finished_at > SEND_S:
+            return self._condemn(handoff.peer, now)
         if handoff.granted is None and now - handoff.offered_at > OFFER_S and len(self._decodes) > 1:
             return self._elsewhere(going, now)
         if handoff.word is not None and now - handoff.word_at > ANSWER_S:
@@ -289,8 +292,9 @@ class Handoffs:
     def _needed(self, going: Going) -> range:
         return range(-(-going.length // self._page_tokens))
 
-    def _offer(self, going: Going, now: float) -> list[Action]:
-        peer = self._choose(going.avoid)
+    def _offer(self, going: Going, now: float, *, anywhere: bool = False) -> list[Action]:
+        """Offer it to a decode that has not just failed; to one that has only at the next tick, so that failures do not chase each other."""
+        peer = self._choose(going.avoid, anywhere)
         if peer is None:
             return []
         self._last += 1
@@ -301,15 +305,15 @@ class Handoffs:
         self._by_number[self._last] = going
         return [Send(peer, offer)]
 
-    def _choose(self, avoid: Iterable[Incarnation]) -> Incarnation | None:
-        """The less loaded of two decodes picked at random (the power of two choices); one to avoid only if it is the last."""
-        candidates = sorted(set(self._decodes) - set(avoid)) or sorted(self._decodes)
+    def _choose(self, avoid: Iterable[Incarnation], anywhere: bool) -> Incarnation | None:
+        """The less loaded of two decodes picked at random (the power of two choices); one to avoid only if `anywhere` will do."""
+        candidates = sorted(set(self._decodes) - set(avoid)) or sorted(self._decodes if anywhere else ())
         if not candidates:
             return None
         pair = self._rng.sample(candidates, min(2, len(candidates)))
         return min(pair, key=lambda name: (self._decodes[name].running, -self._decodes[name].free_pages))
 
-    def _push(self, going: Going) -> list[Action]:
+    def _push(self, going: Going, now: float) -> list[Action]:
         """Push what is final and not pushed yet; with the first token drawn, that is everything."""
         handoff = going.handoff
         if handoff is None or handoff.granted is None or handoff.finished:
@@ -322,9 +326,16 @@ class Handoffs:
             pages = tuple(going.pages[i] for i in indices)
             actions += [Push(handoff.peer, rank, handoff.number, granted.grant, pages, indices) for rank in granted.ranks]
         if going.first is not None:
-            handoff.finished = True
+            handoff.finished, handoff.finished_at = True, now
             actions.append(FinishPush(handoff.number, granted.grant))
         return actions
+
+    def _condemn(self, peer: Incarnation, now: float) -> list[Action]:
+        """What goes on over this link starts again on a new one: with another decode at once, with the same at the next tick."""
+        for going in self._going.values():
+            if going.handoff is not None and going.handoff.peer == peer:
+                going.avoid = {peer}
+        return [ResetLink(peer), *self._restart(peer, now)]
 
     def _restart(self, peer: Incarnation, now: float) -> list[Action]:
         for number in [n for n, handoff in self._withdrawing.items() if handoff.peer == peer]:
@@ -359,8 +370,9 @@ class Handoffs:
             return []
         handoff.flushed = True
         indices = tuple(i for i in range(handoff.pushed, len(granted.pages)) if granted.pages[i] >= 0)
-        if not indices:
+        if handoff.word is not None and not indices:
             return []
+        # Also with nothing left to flush: the transfer would wait for the end of this push for ever.
         return [Flush(handoff.peer, rank, handoff.number, granted.grant, indices) for rank in granted.ranks]
 
     def _withdrawn(self, peer: Incarnation, body: Withdrawn) -> list[Action]:

@@ -26,7 +26,7 @@ from common.messages import (
 from common.queue import Claimed
 from common.service import Service
 from common.settings import WorkerSettings
-from services.engine.plan import Outcome
+from services.engine.plan import Computed, Outcome
 from services.prefill.core import Action, PrefillCore
 from services.prefill.handoffs import FinishPush, Flush, Handoffs, Push, ResetLink, Send
 from services.prefill.peers import Peers
@@ -70,6 +70,8 @@ class PrefillWorker(Worker[Action]):
         return self._core.runs
 
     def outcome(self, outcome: Outcome, now: float) -> list[Action]:
+        if isinstance(outcome, Computed):
+            self.death.strike("prefill")
         return self._core.outcome(outcome, now)
 
     def cancel(self, key: Key, now: float) -> list[Action]:
@@ -107,6 +109,7 @@ class PrefillWorker(Worker[Action]):
                 self._transfer.push(action.to, action.rank, action.handoff, action.grant, action.pages, action.indices)
             case FinishPush(handoff, grant):
                 self._transfer.finish_push(handoff, grant)
+                self.death.strike("transfer")
             case Flush():
                 self._transfer.flush(action.to, action.rank, action.handoff, action.grant, action.indices)
             case ResetLink(peer):
@@ -137,6 +140,7 @@ class PrefillWorker(Worker[Action]):
         for claimed in batch:
             self.gateways.meet(claimed.job.gateway, claimed.job.tokens_address)
             self.do(self._core.claimed(claimed.entry, claimed.job, now))
+            self.death.strike("prefill_queue")
 
     def _answer(self, letter: Letter) -> None:
         body = letter.body

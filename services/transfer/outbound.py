@@ -32,7 +32,8 @@ class Outbound:
     """All pushes by (handoff, grant). One that failed is kept until it is finished, flushed or its peer closed, so that pages which
     are still being given to it go nowhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, push_s: float = PUSH_S) -> None:
+        self._push_s = push_s
         self._pushes: dict[tuple[int, int], Push] = {}
         self.failures = 0
 
@@ -81,12 +82,12 @@ class Outbound:
                 self._pushes.pop(key, None)
         return events
 
-    def late(self, now: float, limit_s: float = PUSH_S) -> list[TransferEvent]:
-        """Pushes of which nothing has moved for `limit_s` fail."""
+    def late(self, now: float) -> list[TransferEvent]:
+        """Pushes of which nothing has moved for `push_s` fail."""
         events: list[TransferEvent] = []
         for push in list(self._pushes.values()):
-            if push.under_way and now - push.moved_at > limit_s:
-                events += self.fail(push, f"nothing has moved for {limit_s:g} s")
+            if push.under_way and now - push.moved_at > self._push_s:
+                events += self.fail(push, f"nothing has moved for {self._push_s:g} s")
         return events
 
     def __len__(self) -> int:

@@ -152,6 +152,8 @@ class Sender:
             if not channels:
                 del self._channels[key]
         self._emit(self._book.late(time.monotonic()))
+        if self._closing:
+            self.worker.progress()  # more than a step: cancels what closing has only scheduled
         for channel in self._closing:
             while channel.sent and channel.sent[0][1].completed:
                 channel.sent.popleft()

@@ -46,13 +46,14 @@ class TwinTransfer:
         *,
         checksums: bool = True,
         fault: Fault = Fault(),  # noqa: B008  (frozen)
+        push_s: float = PUSH_S,
     ) -> None:
         self._places = Places(pages, shard)
         self._on_event = on_event
         self._board = board
         self._checksums = checksums
         self._fault = fault
-        self._inbound, self._outbound = Inbound(), Outbound()
+        self._inbound, self._outbound = Inbound(), Outbound(push_s)
         self._doors: dict[Incarnation, bytes] = {}
         self._posted: dict[bytes, dict[int, tuple[int, int, int]]] = {}
         """By door and tag: (grant, index, page)."""

@@ -23,7 +23,7 @@ from common.messages import GrantedRank, Incarnation, Shard
 from services.transfer import environment
 from services.transfer.faults import Fault
 from services.transfer.inbound import Inbound
-from services.transfer.outbound import Outbound
+from services.transfer.outbound import PUSH_S, Outbound
 from services.transfer.places import Places
 from services.transfer.protocol import Posted, TransferCounts, TransferEvent
 from services.transfer.receiving import Received, Receiver
@@ -62,6 +62,7 @@ class UcxTransfer:
         *,
         checksums: bool = True,
         fault: Fault = Fault(),  # noqa: B008  (frozen)
+        push_s: float = PUSH_S,
     ) -> None:
         self._places = Places(pages, shard)
         self._on_event = on_event
@@ -72,7 +73,7 @@ class UcxTransfer:
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.epoll()
         self._poll.register(self._wake_fd, select.EPOLLIN)
-        self._inbound, self._outbound = Inbound(), Outbound()
+        self._inbound, self._outbound = Inbound(), Outbound(push_s)
         self._received = Received()
         self._receivers: dict[Incarnation, Receiver] = {}
         self._closing: list[_Closing] = []

@@ -58,9 +58,7 @@ def build(settings: WorkerSettings) -> Room:
     needed = layout.pages(most_tokens)
     pages = settings.pages or fit_pages(layout, loaded.device, settings.memory_fraction, needed)
     if pages < needed:
-        raise StartError(
-            f"{pages} pages, but a request of {most_tokens} tokens needs {needed}: raise pages or lower max_request_tokens"
-        )
+        raise StartError(f"{pages} pages, but a request of {most_tokens} tokens needs {needed}: raise pages or lower max_request_tokens")
     pool = Pool(layout, pages, loaded.device)
     runner = Runner(loaded, pool)
     budgets = measure(runner, layout.page_tokens, pages, settings.chunk_s)

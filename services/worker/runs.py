@@ -113,8 +113,9 @@ class Runs:
     # --------------------------------------------------------------------------------------------- what the engine says
 
     def began(self, outcome: Began, now: float) -> Run | None:
+        """The run if it is still wanted: one given up meanwhile is being taken out of the engine."""
         run = self._runs.get(outcome.key)
-        if run is None:
+        if run is None or not run.in_engine:
             return None
         run.began = True
         if run.prefilling:

@@ -25,6 +25,7 @@ from common.service import Service
 from common.settings import WorkerSettings
 from services.engine.engine import Engine
 from services.engine.plan import Outcome, Snapshot
+from services.worker.deaths import Death
 from services.worker.figures import Figures
 from services.worker.gateways import Gateways
 from services.worker.room import Room
@@ -58,6 +59,7 @@ class Worker(ABC, Generic[A]):
         self._acknowledged: asyncio.Queue[Entry] = asyncio.Queue()
         self._sequence = 0
         self._draining = False
+        self.death = Death(settings.die)
         self._settled = asyncio.Event()
         """Set while nothing is left to be acknowledged, by a gateway or to Redis."""
 

@@ -113,9 +113,7 @@ def test_sampling_parameters_are_taken(client: openai.OpenAI) -> None:
 
 
 def test_logit_bias_decides(client: openai.OpenAI) -> None:
-    answer = client.completions.create(
-        model=MODEL, prompt="A", max_tokens=3, temperature=0, logit_bias={"28": 100}, logprobs=0
-    )
+    answer = client.completions.create(model=MODEL, prompt="A", max_tokens=3, temperature=0, logit_bias={"28": 100}, logprobs=0)
     assert answer.choices[0].logprobs is not None
     assert len(set(answer.choices[0].logprobs.tokens or [])) == 1
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from common.messages import Job, decode, encode
-from common.queue import Absent, Claimed, Entry, EntryState, Pending, Queued
 from common.names import CLASSES
+from common.queue import Absent, Claimed, Entry, EntryState, Pending, Queued
 
 MASK = (1 << 61) - 1
 VOCABULARY = 40

@@ -22,8 +22,8 @@ from common.messages import (
     Pushed,
     Resend,
     Role,
-    WorkerBeat,
     Withdraw,
+    WorkerBeat,
     decode,
     encode,
 )
@@ -75,9 +75,7 @@ class Worker(Process):
         self.acknowledging = 0
         self.owner: dict[int, int] = {}
         """Page in transit → the grant whose receives are posted into it."""
-        self.carrier = Carrier(
-            self, world.clock, world.rng, world.weather, world.carriers, self.transferred, self.owns, pages
-        )
+        self.carrier = Carrier(self, world.clock, world.rng, world.weather, world.carriers, self.transferred, self.owns, pages)
         self._sequence = 0
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._launches: deque[Plan] = deque()
@@ -120,10 +118,8 @@ class Worker(Process):
     def _compute(self, chunk: Chunk) -> Draw | None:
         """Write the chunk's KV behind what lies in the pages, and draw from it. Every KV read must be the right one."""
         sequence = chunk.sequence
-        if len(sequence.ids) < chunk.start + chunk.tokens:
-            return Draw(0)  # its input was never drawn: the sequence ended meanwhile, and this is void
-        if not sequence.pages:
-            return Draw(0)
+        if self.scheduler.find(sequence.key) is not sequence:
+            return Draw(0)  # it has ended meanwhile: this is void
         kv = kv_root(sequence.sampling.seed)
         for position in range(chunk.start + chunk.tokens):
             page = self.carrier.memory[sequence.pages[position // PAGE_TOKENS]]
@@ -334,8 +330,10 @@ class Prefill(Worker):
         self.do(self.core.claimed(claimed.entry, claimed.job, self.world.now))
 
     def sweep(self) -> None:
+        """Delivered entries of dead gateways; and those for which nobody waits any more: a copy of a job (doubled, replayed) whose holder
+        died is known to no gateway."""
         for entry, state, job in self.world.queue.pending():
-            if state.idle_s > ORPHAN_S and job.gateway not in self.gateways.alive:
+            if (state.idle_s > ORPHAN_S and job.gateway not in self.gateways.alive) or state.idle_s > job.deadline_s:
                 self.world.queue.remove(entry)
 
     def introduced(self, name: str, role: Role) -> None:
@@ -455,7 +453,8 @@ class Decode(Worker):
                 self.carrier.abandon(grant, told=told)
             case inbound.ClosePeer(peer):
                 self.carrier.close_peer(peer)
-            case inbound.Commit(handoff, _, token):
+            case inbound.Commit(handoff, offer, token, _):
+                self.meet(offer.job.gateway)  # it may have died since the offer: expect its beats anew, or nobody would ever cancel
                 self.post(self.scheduler.admit, handoff, token)
             case _:
                 raise AssertionError(action)

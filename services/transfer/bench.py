@@ -1,0 +1,197 @@
+"""How fast pages move between two processes, one core each, against memcpy of the same minute. Run by scripts/transfer_bench.
+
+A transfer is timed from `push` in one process to `Arrived` in the other (one host, one monotonic clock). With checksums on that includes
+both sides' checksums. memcpy copies 64 MiB with one thread on the receiver's core: the bound, since every byte is copied once.
+The kinds of measurement take turns, and medians are compared: a busy machine then slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import queue
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+KIB, MIB = 1 << 10, 1 << 20
+PAGE_BYTES = 368_640
+"""A page of SmolLM2-135M: 30 layers, keys and values, 3 heads, 16 tokens, 64 dimensions, bf16."""
+SIZES = tuple(4 * KIB << shift for shift in range(0, 17, 2))
+"""4 KiB to 256 MiB."""
+MEMCPY_BYTES = 64 * MIB
+ANSWER_S = 60.0
+SETTLE_S = 0.02
+"""Between two transfers, so that each starts with both sides asleep, as in service."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A transfer of `pages` pages of `page_bytes`, `repeats` times each way of measuring."""
+
+    pages: int
+    page_bytes: int
+    repeats: int
+
+    @property
+    def bytes(self) -> int:
+        return self.pages * self.page_bytes
+
+
+def plan(sizes: tuple[int, ...], page_bytes: int, repeats: int) -> list[Work]:
+    """Whole pages nearest to each size; a size below a page is one page of that size."""
+    return [Work(1, size, repeats) if size < page_bytes else Work(round(size / page_bytes), page_bytes, repeats) for size in sizes]
+
+
+def receive(core: int, works: list[Work], wire: Connection) -> None:
+    """The receiving process: grants, `Arrived`, memcpy."""
+    os.sched_setaffinity(0, {core})
+    import numpy as np
+
+    source, target = (np.ones(MEMCPY_BYTES, dtype=np.uint8) for _ in range(2))
+    grant = 0
+    for work in works:
+        ends = [_End(work, checksums) for checksums in (False, True)]
+        for _ in range(work.repeats + 1):
+            for end in ends:
+                grant += 1
+                order = tuple(range(work.pages))
+                end.transfer.expect("sender", grant, order, order)
+                wire.send(end.next().rank)
+                arrived = end.next()
+                wire.send((time.monotonic(), arrived.checksums))
+                wire.recv()
+            began = time.monotonic()
+            np.copyto(target, source)
+            wire.send(time.monotonic() - began)
+        for end in ends:
+            end.transfer.close()
+
+
+def send(core: int, works: list[Work], wire: Connection, results: Connection) -> None:
+    """The sending process: pushes, and reports (work, kind, seconds); the first round of each work is not counted."""
+    os.sched_setaffinity(0, {core})
+    handoff = 0
+    for work in works:
+        ends = {"plain": _End(work, False), "checked": _End(work, True)}
+        for end in ends.values():
+            end.fill()
+        for number in range(work.repeats + 1):
+            for kind, end in ends.items():
+                rank = wire.recv()
+                handoff += 1
+                order = tuple(range(work.pages))
+                time.sleep(SETTLE_S)
+                began = time.monotonic()
+                end.transfer.push("receiver", rank, handoff, handoff, order, order)
+                end.transfer.finish_push(handoff, handoff)
+                arrived_at, checksums = wire.recv()
+                if end.next().checksums != checksums:
+                    raise AssertionError("what arrived is not what was sent")
+                wire.send(None)
+                if number:
+                    results.send((work, kind, arrived_at - began, end.transfer.transport))
+            copied_s = wire.recv()
+            if number:
+                results.send((work, "memcpy", copied_s, ""))
+        for end in ends.values():
+            end.transfer.close()
+    results.send(None)
+
+
+class _End:
+    """One transfer over pages of its own, with its events in a queue."""
+
+    def __init__(self, work: Work, checksums: bool) -> None:
+        import torch
+
+        from common.messages import Shard
+        from services.transfer.ucx import UcxTransfer
+
+        torch.set_num_threads(1)
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._pages = torch.ones(work.pages, work.page_bytes, dtype=torch.uint8)
+        self.transfer = UcxTransfer(self._pages, Shard(0, (0, 30), (0, 3)), self._events.put, checksums=checksums)
+
+    def fill(self) -> None:
+        self._pages.random_()
+
+    def next(self) -> Any:
+        return self._events.get(timeout=ANSWER_S)
+
+
+def measure(works: list[Work]) -> tuple[dict[Work, dict[str, float]], str]:
+    """Median seconds by work and kind, and the transport. Progress on stderr."""
+    cores = sorted(os.sched_getaffinity(0))
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    results, reported = spawn.Pipe(duplex=False)
+    processes = [
+        spawn.Process(target=send, args=(cores[0], works, here, reported), daemon=True),
+        spawn.Process(target=receive, args=(cores[-1], works, there), daemon=True),
+    ]
+    for process in processes:
+        process.start()
+    for end in (here, there, reported):
+        end.close()
+    seconds: dict[Work, dict[str, list[float]]] = {}
+    transport, total, done = "", sum(3 * work.repeats for work in works), 0
+    try:
+        while True:
+            if not results.poll(ANSWER_S):
+                raise TimeoutError("the measuring processes have stopped answering")
+            report = results.recv()
+            if report is None:
+                break
+            work, kind, taken_s, carrier = report
+            seconds.setdefault(work, {}).setdefault(kind, []).append(taken_s)
+            transport, done = carrier or transport, done + 1
+            print(f"\r{done * 100 // total:3d} %  {work.bytes / MIB:8.3f} MiB", end="", file=sys.stderr, flush=True)
+        for process in processes:
+            process.join(ANSWER_S)
+    finally:
+        print(file=sys.stderr)
+        for process in processes:
+            process.kill()
+    return {work: {kind: statistics.median(times) for kind, times in kinds.items()} for work, kinds in seconds.items()}, transport
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(prog="transfer_bench", description="Pages over UCX between two processes, against memcpy.")
+    options.add_argument("--page-bytes", type=int, default=PAGE_BYTES, help="bytes of a page [%(default)s, SmolLM2-135M in bf16]")
+    options.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="[4 KiB to 256 MiB]")
+    options.add_argument("--repeats", type=int, default=15, help="of each measurement [%(default)s]")
+    chosen = options.parse_args()
+    medians, transport = measure(plan(tuple(chosen.sizes), chosen.page_bytes, chosen.repeats))
+    rows = []
+    print(f"{'bytes':>11} {'pages':>6} {'plain GB/s':>11} {'of memcpy':>10} {'checked GB/s':>13} {'of memcpy':>10} {'memcpy':>7} {'plain µs':>9}")
+    for work, seconds in medians.items():
+        memcpy = MEMCPY_BYTES / seconds["memcpy"] / 1e9
+        plain, checked = (work.bytes / seconds[kind] / 1e9 for kind in ("plain", "checked"))
+        print(
+            f"{work.bytes:11d} {work.pages:6d} {plain:11.2f} {plain / memcpy:10.2f} {checked:13.2f} {checked / memcpy:10.2f}"
+            f" {memcpy:7.2f} {seconds['plain'] * 1e6:9.0f}"
+        )
+        rows.append(
+            {
+                "bytes": work.bytes,
+                "pages": work.pages,
+                "plain_gb_s": round(plain, 3),
+                "checked_gb_s": round(checked, 3),
+                "memcpy_gb_s": round(memcpy, 3),
+                "plain_of_memcpy": round(plain / memcpy, 3),
+                "checked_of_memcpy": round(checked / memcpy, 3),
+                "plain_s": seconds["plain"],
+                "checked_s": seconds["checked"],
+            }
+        )
+    print(json.dumps({"benchmark": "transfer", "page_bytes": chosen.page_bytes, "transport": transport, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

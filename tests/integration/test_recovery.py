@@ -1,0 +1,233 @@
+"""Workers die, stall and come back in the middle of requests: no answer changes, no token is lost or doubled.
+
+BATON_TEST_KILLS=20 repeats each kill that often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from scripts.launcher.cluster import Cluster
+from tests.integration.conftest import assert_conserved, figures
+from tests.integration.talk import Heard, body, listen
+from tests.references import references
+
+KILLS = int(os.environ.get("BATON_TEST_KILLS", "1"))
+TOKENS = 64
+WHERE = {"prefill_queue": "prefill", "prefill": "prefill", "transfer": "prefill", "decode_queue": "decode", "decode": "decode"}
+
+
+@pytest.fixture(scope="module")
+def short(smollm2: Path) -> list[dict[str, Any]]:
+    """Short prompts with the text of their first TOKENS tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    chosen = sorted(references(), key=lambda one: len(one["prompt"]))[2:10]
+    return [{**one, "text": tokenizer.decode(one["output"][:TOKENS], skip_special_tokens=True)} for one in chosen]
+
+
+@pytest.fixture(scope="module")
+def four(launch: Callable[..., Cluster]) -> Cluster:
+    """A replica of each role."""
+    return launch(prefill=2, decode=2)
+
+
+def talk(cluster: Cluster, asked: list[dict[str, Any]], meanwhile: Callable[[list[Heard]], Awaitable[None]]) -> list[Heard]:
+    """Ask everything at once, run `meanwhile` beside it, and return what was heard."""
+
+    async def run() -> list[Heard]:
+        heard = [Heard() for _ in asked]
+        async with httpx.AsyncClient() as client, asyncio.TaskGroup() as tasks:
+            for one, ear in zip(asked, heard, strict=True):
+                tasks.create_task(listen(client, cluster.urls[0], body(one["prompt"], TOKENS), ear))
+            tasks.create_task(meanwhile(heard))  # type: ignore[arg-type]
+        return heard
+
+    return asyncio.run(run())
+
+
+def assert_undisturbed(asked: list[dict[str, Any]], heard: list[Heard]) -> None:
+    for one, answer in zip(asked, heard, strict=True):
+        assert answer.error is None
+        assert answer.completion_tokens == TOKENS
+        assert answer.text == one["text"]
+
+
+async def nothing(heard: list[Heard]) -> None:
+    """Let them talk."""
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    give_up = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < give_up, "it does not come to pass"
+        await asyncio.sleep(0.01)
+
+
+def known_workers(cluster: Cluster) -> dict[str, int]:
+    found: dict[str, int] = httpx.get(f"{cluster.urls[0]}/ready", timeout=5).json()["workers"]
+    return found
+
+
+def revive(cluster: Cluster, name: str, **flags: str) -> None:
+    """Start a dead worker again, with these flags, and wait until the gateway has met it."""
+    child = cluster.children[name]
+    child.flags.pop("die", None)
+    child.flags.update(flags)
+    cluster.restart(name)
+    give_up = time.monotonic() + 20
+    while known_workers(cluster) != {"prefill": len(cluster.of("prefill")), "decode": len(cluster.of("decode"))}:
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+
+
+@pytest.mark.timeout(60 + 60 * KILLS)
+@pytest.mark.parametrize("stage", list(WHERE))
+def test_kill_9_in_each_stage(four: Cluster, short: list[dict[str, Any]], stage: str) -> None:
+    """Two at once, so that one of them is caught by the worker that dies; detection to re-enqueue takes at most 3 s."""
+    name = f"{WHERE[stage]}-0"
+    for _ in range(KILLS):
+        four.kill(name)
+        revive(four, name, die=f"{stage}:{20 if stage == 'decode' else 1}")
+        child = four.children[name]
+        heard = talk(four, short[:6], nothing)
+        assert not child.alive, "the worker did not come to that stage"
+        assert_undisturbed(short[:6], heard)
+        again = [one for one in heard if one.timeline["attempts"] > 1]
+        assert again, "nobody was caught by the death"
+        assert_conserved(four)
+    revive(four, name)
+
+
+@pytest.mark.timeout(120)
+def test_dead_decode_is_noticed_within_three_seconds(four: Cluster, short: list[dict[str, Any]]) -> None:
+    killed: list[float] = []
+
+    before = recoveries(four)
+    heard = talk(four, short[:4], kill_and_wait(four, "decode-0", before, killed))
+    assert_undisturbed(short[:4], heard)
+    assert killed[1] - killed[0] <= 3.0
+    revive(four, "decode-0")
+    assert_conserved(four)
+
+
+def recoveries(cluster: Cluster) -> float:
+    text = httpx.get(f"{cluster.urls[0]}/metrics", timeout=5).text
+    return float(next(line.split()[1] for line in text.splitlines() if line.startswith("baton_recoveries ")))
+
+
+def kill_and_wait(cluster: Cluster, name: str, before: float, moments: list[float]) -> Callable[[list[Heard]], Awaitable[None]]:
+    """Kill once everybody is being answered; note the moments of the death and of the first new attempt."""
+
+    async def run(heard: list[Heard]) -> None:
+        await until(lambda: all(len(one.at) > 5 for one in heard))
+        cluster.kill(name)
+        moments.append(time.monotonic())
+        await until(lambda: recoveries(cluster) > before, 10)
+        moments.append(time.monotonic())
+
+    return run
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_without_a_replica_it_resumes_when_one_starts(pair: Cluster, short: list[dict[str, Any]], role: str) -> None:
+    name = f"{role}-0"
+
+    async def kill(heard: list[Heard]) -> None:
+        await until(lambda: any(one.at for one in heard))
+        pair.kill(name)
+        await asyncio.sleep(4.0)
+        pair.restart(name, wait=False)
+
+    heard = talk(pair, short[:4], kill)
+    assert_undisturbed(short[:4], heard)
+    pair.wait_ready()
+    assert_conserved(pair)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("name", ["prefill-0", "decode-0"])
+def test_a_worker_stopped_for_ten_seconds_does_no_harm(four: Cluster, short: list[dict[str, Any]], name: str) -> None:
+    """Its requests go on elsewhere; when it continues, what it still says and sends is refused."""
+
+    async def stall(heard: list[Heard]) -> None:
+        await until(lambda: sum(bool(one.at) for one in heard) >= 2)
+        four.kill(name, signal.SIGSTOP)
+        await asyncio.sleep(10.0)
+        four.kill(name, signal.SIGCONT)
+
+    heard = talk(four, short, stall)
+    assert_undisturbed(short, heard)
+    time.sleep(3.0)
+    assert_conserved(four)
+
+
+@pytest.mark.timeout(120)
+def test_redis_restarted_empty_in_mid_stream(pair: Cluster, short: list[dict[str, Any]]) -> None:
+    async def restart(heard: list[Heard]) -> None:
+        await until(lambda: all(len(one.at) > 5 for one in heard))
+        assert pair.valkey is not None
+        pair.valkey.restart_empty()
+
+    heard = talk(pair, short[:4], restart)
+    assert_undisturbed(short[:4], heard)
+    assert max(one.worst_pause_s for one in heard) < 1.5
+    assert all(one.timeline["attempts"] == 1 for one in heard)
+
+    assert_undisturbed(short[:2], talk(pair, short[:2], nothing))
+    assert_conserved(pair)
+
+
+@pytest.mark.timeout(120)
+def test_a_client_that_leaves_frees_its_pages_within_a_second(pair: Cluster, short: list[dict[str, Any]]) -> None:
+    async def leave() -> None:
+        async with httpx.AsyncClient() as client:
+            asked = body(short[0]["prompt"], 1500)
+            async with client.stream("POST", f"{pair.urls[0]}/v1/completions", json=asked, timeout=60) as reply:
+                lines = reply.aiter_lines()
+                for _ in range(20):
+                    await anext(lines)
+
+    asyncio.run(leave())
+    time.sleep(1.2)
+    assert figures(pair, "decode-0")["pages_held"] == 0
+    assert_conserved(pair)
+
+
+@pytest.mark.timeout(120)
+def test_sigterm_hands_everything_back(four: Cluster, short: list[dict[str, Any]]) -> None:
+    """A drained decode ends by itself, and its answers go on elsewhere, uncounted."""
+
+    async def drain(heard: list[Heard]) -> None:
+        await until(lambda: all(len(one.at) > 3 for one in heard))
+        four.kill("decode-1", signal.SIGTERM)
+
+    heard = talk(four, short[:4], drain)
+    assert_undisturbed(short[:4], heard)
+    process = four.children["decode-1"].process
+    assert process is not None and process.wait(20) == 0
+    revive(four, "decode-1")
+
+
+@pytest.mark.timeout(120)
+def test_corrupted_pages_are_never_shown(launch: Callable[..., Cluster], short: list[dict[str, Any]]) -> None:
+    """A prefill that corrupts every tenth page: each is noticed, and the text is still right."""
+    cluster = launch(role_flags={"prefill": {"fault": "corrupt:10"}})
+
+    heard = talk(cluster, short[:4], nothing)
+    assert_undisturbed(short[:4], heard)
+    assert_conserved(cluster)
+    log = cluster.children["prefill-0"].log.read_text()
+    assert "Traceback" not in log, log
+    cluster.stop()

@@ -1,0 +1,113 @@
+"""Hypothesis looks for the shortest trouble that does harm."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from gateway.ask import Ask
+from common.messages import Sampling
+from tests.unit.recovery.workers import Decode, Prefill, Worker
+from tests.unit.recovery.world import Gateway, World
+
+CHANCES = st.sampled_from((0.0, 0.0, 0.1, 0.5))
+PICK = st.integers(0, 7)
+
+
+class Fleet(RuleBasedStateMachine):
+    """One or two gateways; workers come and go. At the end the weather calms down and everything has to have ended."""
+
+    @initialize(
+        seed=st.integers(0, 3),
+        gateways=st.integers(1, 2),
+        decodes=st.integers(1, 2),
+        pages=st.sampled_from((12, 16, 40)),
+        depth=st.integers(1, 2),
+    )
+    def build(self, seed: int, gateways: int, decodes: int, pages: int, depth: int) -> None:
+        self.world = World(seed)
+        self.pages, self.depth = pages, depth
+        self.gateways: list[Gateway] = [self.world.gateway() for _ in range(gateways)]
+        self.world.prefill(pages, depth)
+        for _ in range(decodes):
+            self.world.decode(pages, depth)
+        self.world.run(1.5)
+
+    def _worker(self, pick: int) -> Worker | None:
+        workers = self.world.living(Worker)
+        return workers[pick % len(workers)] if workers else None
+
+    @rule(pick=PICK, prompt=st.integers(1, 22), max_tokens=st.integers(1, 24), seed=st.integers(0, 5), stop=st.booleans())
+    def ask(self, pick: int, prompt: int, max_tokens: int, seed: int, stop: bool) -> None:
+        gateway = self.gateways[pick % len(self.gateways)]
+        ids = [(7 * i + prompt) % 40 for i in range(prompt)]
+        gateway.submit(Ask(ids, Sampling(seed=seed), max_tokens, [3, 4, 5, 6] if stop else []))
+
+    @rule(seconds=st.sampled_from((0.001, 0.01, 0.05, 0.3, 1.0, 3.0)))
+    def wait(self, seconds: float) -> None:
+        self.world.run(seconds)
+
+    @rule(pick=PICK)
+    def client_leaves(self, pick: int) -> None:
+        gateway = self.gateways[pick % len(self.gateways)]
+        if gateway.clients:
+            gateway.cancel(sorted(gateway.clients)[pick % len(gateway.clients)])
+
+    @rule(pick=PICK)
+    def kill(self, pick: int) -> None:
+        worker = self._worker(pick)
+        if worker is not None:
+            self.world.kill(worker)
+
+    @rule(pick=PICK, seconds=st.sampled_from((0.4, 3.0, 10.0)), gateway=st.booleans())
+    def freeze(self, pick: int, seconds: float, gateway: bool) -> None:
+        victim = self.gateways[pick % len(self.gateways)] if gateway else self._worker(pick)
+        if victim is not None:
+            self.world.freeze(victim, seconds)
+
+    @rule(pick=PICK)
+    def drain(self, pick: int) -> None:
+        worker = self._worker(pick)
+        if worker is not None and not worker.draining and not worker.frozen:
+            worker.drain()
+
+    @precondition(lambda self: len(self.world.living(Worker)) < 6)
+    @rule(role=st.sampled_from((Prefill, Decode)))
+    def start(self, role: type[Worker]) -> None:
+        (self.world.prefill if role is Prefill else self.world.decode)(self.pages, self.depth)
+
+    @rule()
+    def redis_restarts_empty(self) -> None:
+        self.world.queue.restart_empty()
+
+    @rule(back_after=st.sampled_from((0.2, 3.0)))
+    def redis_is_away(self, back_after: float) -> None:
+        self.world.queue.away = True
+        self.world.clock.after(back_after, lambda: setattr(self.world.queue, "away", False))
+
+    @rule()
+    def redis_replays(self) -> None:
+        for _, job in self.world.jobs[-2:]:
+            self.world.queue.put(job, "interactive")
+
+    @rule(tokens=CHANCES, control=st.sampled_from((0.0, 0.02)), put=CHANCES, duplicate=CHANCES, claim=CHANCES)
+    def words_are_lost(self, tokens: float, control: float, put: float, duplicate: float, claim: float) -> None:
+        weather = self.world.weather
+        weather.token_loss, weather.control_cut, weather.put_trouble = tokens, control, put
+        weather.duplicate_put, weather.claim_loss = duplicate, claim
+
+    @rule(corrupt=CHANCES, fail=CHANCES, stall=CHANCES, launch=st.sampled_from((0.0, 0.02)))
+    def pages_are_lost(self, corrupt: float, fail: float, stall: float, launch: float) -> None:
+        weather = self.world.weather
+        weather.corrupt, weather.push_fail, weather.push_stall, weather.launch_fail = corrupt, fail, stall, launch
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.world.settle()
+
+
+TestFleet = Fleet.TestCase
+TestFleet.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
