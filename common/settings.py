@@ -59,6 +59,7 @@ class WorkerSettings(CommonSettings):
     chunk_s: float = setting(0.5, "a long prompt runs in chunks of about this long", low=0.01, high=60)
     metrics_port: int = setting(0, "port for Prometheus on `host`; 0: any free one, named in the ready file", low=0, high=65535)
     fault: str = setting("", "injected transfer fault, for tests: fail:N, stall:N or corrupt:N, every N-th page")
+    drop_parcels: int = setting(0, "for tests: every N-th message on the token socket is dropped; 0: none", low=0)
     die: str = setting("", "injected death, for tests: STAGE:N kills the worker when the N-th request comes to that stage")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -9,16 +10,30 @@ from common.errors import RequestError
 from common.messages import FinishReason, Token
 from gateway.ask import Answer, Timeline
 from gateway.parameters import Wish
-from gateway.prompts import Model
-from gateway.text import Detokenizer, Stops
+from gateway.text import Stops, Tokenizer, detokenizer
+
+
+class Broken(RequestError):
+    """500: the fault is ours."""
+
+    status = 500
+    type = "server_error"
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """One token, and the position in the answer's text (characters) at which its own text begins."""
+
+    token: Token
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Text that can be shown now, and the tokens taken since the last piece. The last piece has `finish`."""
+    """Text that can be shown now, and the tokens it begins or completes. The last piece has `finish`."""
 
     text: str
-    tokens: list[Token] = field(default_factory=list)
+    tokens: list[Spoken] = field(default_factory=list)
     finish: FinishReason | None = None
 
 
@@ -31,13 +46,18 @@ class Usage:
 
 
 class Speech:
-    """One answer on its way to one client. Iterate to the end; leaving early cancels the answer."""
+    """One answer on its way to one client. Iterate to the end, or cancel it."""
 
-    def __init__(self, answer: Answer, wish: Wish, model: Model) -> None:
+    def __init__(self, answer: Answer, wish: Wish, tokenizer: Tokenizer) -> None:
         self._answer = answer
         self._stops = Stops(wish.stops)
-        self._text = Detokenizer(model)
+        self._text = detokenizer(tokenizer)
         self._stop_ids = frozenset(wish.ask.stop_ids)
+        self._waiting: deque[Spoken] = deque()
+        """Tokens of which no text has been shown yet."""
+        self._decoded = 0
+        self._shown = 0
+        """Characters, without and with what the stop strings hold back."""
         self.usage = Usage(len(wish.ask.prompt))
 
     @property
@@ -54,27 +74,44 @@ class Speech:
                 if update.error is not None:
                     raise update.error
                 piece = self._piece(update.tokens, update.finish)
-                if piece is not None:
+                if piece.finish is not None:
+                    self._answer.cancel()
+                if piece.text or piece.tokens or piece.finish is not None:
                     yield piece
-                    if piece.finish is not None:
-                        return
-            raise RequestError("the answer ended without a reason")
+                if piece.finish is not None:
+                    return
+            raise Broken("the answer ended without a reason")
         finally:
             self._answer.cancel()
 
-    def _piece(self, tokens: list[Token], finish: FinishReason | None) -> Piece | None:
+    def _piece(self, tokens: list[Token], finish: FinishReason | None) -> Piece:
         shown = ""
-        taken: list[Token] = []
         for token in tokens:
-            taken.append(token)
             self.usage.completion_tokens += 1
-            if token.id not in self._stop_ids:
-                shown += self._stops.add(self._text.add([token.id]))
+            if token.id in self._stop_ids:
+                continue
+            self._waiting.append(Spoken(token, self._decoded))
+            text = self._text.add(token.id)
+            self._decoded += len(text)
+            shown += self._stops.add(text)
             if self._stops.hit:
-                return Piece(shown, taken, "stop")
-        if finish is not None:
-            shown += self._stops.add(self._text.end())
-            if self._stops.hit:
-                return Piece(shown, taken, "stop")
-            return Piece(shown + self._stops.end(), taken, finish)
-        return Piece(shown, taken) if shown or taken else None
+                return self._cut(shown)
+        if finish is None:
+            return Piece(shown, self._begun(len(shown)))
+        shown += self._stops.add(self._text.end())
+        if self._stops.hit:
+            return self._cut(shown)
+        said, self._waiting = list(self._waiting), deque()
+        return Piece(shown + self._stops.end(), said, finish)
+
+    def _cut(self, shown: str) -> Piece:
+        """The last piece before a stop string."""
+        return Piece(shown, self._begun(len(shown)), "stop")
+
+    def _begun(self, characters: int) -> list[Spoken]:
+        """The tokens whose text begins in what is shown, now that these characters more are."""
+        self._shown += characters
+        said = []
+        while self._waiting and self._waiting[0].offset < self._shown:
+            said.append(self._waiting.popleft())
+        return said

@@ -2,53 +2,86 @@
 
 from __future__ import annotations
 
-from gateway.prompts import Tokenizer
+import codecs
+from typing import Protocol
 
 HALF = "\ufffd"
 """What a tokenizer shows for bytes that are no character (yet)."""
-WINDOW = 8
+WINDOW = 16
 """An incomplete character ends within this many further tokens, or it never does."""
 
 
-class Detokenizer:
-    """Text of a growing list of ids. Decodes only a window: the ids since the last whole character, and a few before them, because
-    tokenizers strip or add spaces at the start of a text."""
+class Tokenizer(Protocol):
+    """The part of a model that turning ids into text needs."""
+
+    byte_level: bool
+
+    def decode(self, ids: list[int]) -> str: ...
+
+    def bytes(self, token: int) -> bytes: ...
+
+    def shows(self, token: int) -> bool: ...
+
+
+class Detokenizer(Protocol):
+    """Text of a growing list of ids."""
+
+    def add(self, token: int) -> str:
+        """The text that this id completes, possibly none."""
+
+    def end(self) -> str:
+        """The text still held back; bytes that stayed incomplete appear as U+FFFD."""
+
+
+def detokenizer(tokenizer: Tokenizer) -> Detokenizer:
+    return ByteText(tokenizer) if tokenizer.byte_level else WindowText(tokenizer)
+
+
+class ByteText:
+    """For byte-level BPE, where a token's bytes do not depend on its neighbours. Exactly the tokenizer's own text, one table look-up a token."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(self._tokenizer.bytes(token)) if self._tokenizer.shows(token) else ""
+
+    def end(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowText:
+    """For every other tokenizer (SentencePiece's, say). Decodes only a window: the ids since the last whole character, and those of the
+    piece before them, because tokenizers strip or add spaces at the start of a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._context = 0
-        """Start of the window."""
         self._shown = 0
-        """Ids whose text has been given out."""
+        """Ids at the start of the window whose text has been given out."""
 
-    def add(self, ids: list[int]) -> str:
-        """The text that these ids complete, possibly none."""
-        fresh = ""
-        for token in ids:
-            self._ids.append(token)
-            fresh += self._next(final=False)
-        return fresh
+    def add(self, token: int) -> str:
+        if not self._tokenizer.shows(token):
+            return ""
+        self._ids.append(token)
+        return self._next(final=False)
 
     def end(self) -> str:
-        """The text still held back; bytes that stayed incomplete appear as U+FFFD."""
         return self._next(final=True)
 
     def _next(self, *, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._context : self._shown])
-        after = self._tokenizer.decode(self._ids[self._context :])
-        waiting = len(self._ids) - self._shown
-        if len(after) <= len(before) and not final:
+        before = self._tokenizer.decode(self._ids[: self._shown])
+        after = self._tokenizer.decode(self._ids)
+        if not final and len(self._ids) - self._shown < WINDOW and (len(after) <= len(before) or after.endswith(HALF)):
             return ""
-        if after.endswith(HALF) and not final and waiting < WINDOW:
-            return ""
-        self._context = self._shown
+        self._ids = self._ids[self._shown :]
         self._shown = len(self._ids)
         return after[len(before) :]
 
 
 class Stops:
-    """Holds back what may still become a stop string; cuts at the first one."""
+    """Holds back what may still become a stop string; cuts before the one that is complete first, whatever pieces the text comes in."""
 
     def __init__(self, strings: list[str]) -> None:
         self._strings = [string for string in strings if string]
@@ -60,10 +93,11 @@ class Stops:
         if self.hit:
             return ""
         self._held += text
-        found = [at for at in (self._held.find(string) for string in self._strings) if at >= 0]
+        found = [(at + len(string), at) for string in self._strings if (at := self._held.find(string)) >= 0]
         if found:
             self.hit = True
-            shown, self._held = self._held[: min(found)], ""
+            _, start = min(found)
+            shown, self._held = self._held[:start], ""
             return shown
         keep = max((self._overlap(string) for string in self._strings), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

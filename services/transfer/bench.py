@@ -169,7 +169,9 @@ def main() -> None:
     chosen = options.parse_args()
     medians, transport = measure(plan(tuple(chosen.sizes), chosen.page_bytes, chosen.repeats))
     rows = []
-    print(f"{'bytes':>11} {'pages':>6} {'plain GB/s':>11} {'of memcpy':>10} {'checked GB/s':>13} {'of memcpy':>10} {'memcpy':>7} {'plain µs':>9}")
+    print(
+        f"{'bytes':>11} {'pages':>6} {'plain GB/s':>11} {'of memcpy':>10} {'checked GB/s':>13} {'of memcpy':>10} {'memcpy':>7} {'plain µs':>9}"
+    )
     for work, seconds in medians.items():
         memcpy = MEMCPY_BYTES / seconds["memcpy"] / 1e9
         plain, checked = (work.bytes / seconds[kind] / 1e9 for kind in ("plain", "checked"))

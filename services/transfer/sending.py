@@ -28,28 +28,37 @@ log = get_logger(__name__)
 
 BURST = 4
 """Pages posted between two steps of UCX, so that a long push does not keep completions waiting."""
+WINDOW = 64
+"""Messages under way on one channel. More than a shared-memory FIFO holds (256) would wait inside UCX, and if the peer dies then, those
+in front of them never complete (seen with UCX 1.21)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """A page of a push, or, without one, an empty message."""
+
+    push: Push | None
+    page: int
+    index: int
+    tag: int
 
 
 @dataclass(eq=False)
 class _Channel:
-    """An endpoint and what is under way on it: (push, request), push None for an empty message."""
+    """An endpoint, what waits for it, and what is under way on it."""
 
     peer: Incarnation
     endpoint: ucx.UCXEndpoint
+    waiting: deque[_Message] = field(default_factory=deque)
     sent: deque[tuple[Push | None, Any]] = field(default_factory=deque)
     pushes: set[Push] = field(default_factory=set)
     broken: str = ""
     closing: Any = None
 
-
-@dataclass(frozen=True, slots=True)
-class _Page:
-    channel: _Channel
-    push: Push
-    page: int
-    index: int
-    number: int
-    """Its tag."""
+    @property
+    def open(self) -> bool:
+        """Whether something is under way, or the close itself."""
+        return bool(self.sent) or (self.closing is not None and not self.closing.completed)
 
 
 class Sender:
@@ -73,7 +82,6 @@ class Sender:
         self._fault = fault
         self._channels: dict[tuple[Incarnation, int], dict[bytes, _Channel]] = {}
         self._closing: list[_Channel] = []
-        self._waiting: deque[_Page] = deque()
         self._nothing = Array(np.zeros(1, dtype=np.uint8))
         self._numbered = 0
         self.sent_pages = 0
@@ -90,26 +98,25 @@ class Sender:
         channel.pushes.add(push)
         push.under_way += len(pages)
         for page, index in zip(pages, indices, strict=True):
-            self._waiting.append(_Page(channel, push, page, index, tag(grant, index, to.shard.rank)))
+            channel.waiting.append(_Message(push, page, index, tag(grant, index, to.shard.rank)))
 
     def finish(self, handoff: int, grant: int) -> None:
         self._emit(self._book.finish(handoff, grant, time.monotonic()))
 
     def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
         """One byte for each receive that would otherwise wait for ever: never pushed, not posted yet, or held back by a fault."""
-        unsent = {item.index for item in self._waiting if (item.push.handoff, item.push.grant) == (handoff, grant)}
-        self._waiting = deque(item for item in self._waiting if (item.push.handoff, item.push.grant) != (handoff, grant))
-        open_indices = {*indices, *unsent, *self._book.withdraw(handoff, grant)}
         channel = self._channel(peer, to)
-        for index in sorted(open_indices):
-            if channel is not None and not channel.broken:
-                self._post(channel, None, self._nothing, tag(grant, index, to.shard.rank))
+        held = self._book.withdraw(handoff, grant)
+        if channel is None:
+            return
+        unsent = {waits.index for waits in channel.waiting if waits.push and (waits.push.handoff, waits.push.grant) == (handoff, grant)}
+        for index in sorted({*indices, *held, *unsent}):
+            channel.waiting.append(_Message(None, -1, index, tag(grant, index, to.shard.rank)))
 
     def close_peer(self, peer: Incarnation) -> None:
         for key in [key for key in self._channels if key[0] == peer]:
             for channel in self._channels.pop(key).values():
                 self._close(channel)
-        self._waiting = deque(item for item in self._waiting if item.channel.peer != peer)
         self._emit(self._book.close(peer))
 
     def close(self) -> None:
@@ -130,10 +137,13 @@ class Sender:
 
     def work(self) -> bool:
         """Post a few pages, one step of UCX, then what has left. Whether anything moved."""
-        posted = min(BURST, len(self._waiting))
-        for _ in range(posted):
-            self._send(self._waiting.popleft())
-        moved = bool(self.worker.progress_once()) or posted > 0
+        moved = False
+        for channels in tuple(self._channels.values()):
+            for channel in tuple(channels.values()):
+                for _ in range(min(BURST, len(channel.waiting), WINDOW - len(channel.sent))):
+                    self._send(channel, channel.waiting.popleft())
+                    moved = True
+        moved |= bool(self.worker.progress_once())
         for channels in tuple(self._channels.values()):
             for channel in tuple(channels.values()):
                 moved |= self._collect(channel)
@@ -157,23 +167,26 @@ class Sender:
         for channel in self._closing:
             while channel.sent and channel.sent[0][1].completed:
                 channel.sent.popleft()
-        self._closing = [channel for channel in self._closing if channel.sent or not channel.closing.completed]
+        self._closing = [channel for channel in self._closing if channel.open]
 
-    def _send(self, item: _Page) -> None:
-        channel, push = item.channel, item.push
-        if push.over or channel.broken:
+    def _send(self, channel: _Channel, message: _Message) -> None:
+        push = message.push
+        if push is None:
+            self._post(channel, None, self._nothing, message.tag)
+            return
+        if push.over:
             return
         if self._checksums:
-            push.sums[item.index] = self._places.checksum(item.page, item.index)
+            push.sums[message.index] = self._places.checksum(message.page, message.index)
         self._numbered += 1
         struck = self._fault.strikes(self._numbered)
         if struck == "fail":
             self._emit(self._book.fail(push, "an injected fault"))
         elif struck == "stall":
-            push.held.add(item.index)
+            push.held.add(message.index)
         else:
-            content = self._places.spoiled(item.page) if struck == "corrupt" else self._places.row(item.page)
-            self._post(channel, push, Array(content), item.number)
+            content = self._places.spoiled(message.page) if struck == "corrupt" else self._places.row(message.page)
+            self._post(channel, push, Array(content), message.tag)
 
     def _post(self, channel: _Channel, push: Push | None, content: Array, number: int) -> None:
         try:
@@ -219,6 +232,7 @@ class Sender:
 
     def _break(self, channel: _Channel, reason: str) -> None:
         channel.broken = channel.broken or reason
+        channel.waiting.clear()
         for push in channel.pushes:
             self._emit(self._book.fail(push, reason))
         channel.pushes.clear()
@@ -226,7 +240,9 @@ class Sender:
     def _close(self, channel: _Channel) -> None:
         """Sends under way to a peer that neither reads nor dies end when it does: the channel is kept until then."""
         channel.pushes.clear()
-        channel.closing = channel.endpoint.close()
+        channel.waiting.clear()
+        if channel.endpoint.alive:  # closing a dead one returns a request that UCXX itself cannot touch
+            channel.closing = channel.endpoint.close()
         self._closing.append(channel)
 
     def _say_transport(self, channel: _Channel) -> None:

@@ -29,6 +29,7 @@ class Gateways:
         *,
         on_cancel: Callable[[Key], None],
         on_over: Callable[[Key], None],
+        drop_every: int = 0,
     ) -> None:
         self.outbox = Outbox()
         self._fleet = fleet
@@ -38,6 +39,9 @@ class Gateways:
         self._liveness = Liveness()
         self._on_cancel = on_cancel
         self._on_over = on_over
+        self._drop_every = drop_every
+        """For tests: every n-th message with news is not sent."""
+        self._sent = 0
 
     @property
     def alive(self) -> set[Incarnation]:
@@ -68,7 +72,9 @@ class Gateways:
     def flush(self) -> None:
         """Send what is new, one message per gateway. What cannot be sent stays in the outbox: beats reveal it, `Resend` brings it."""
         for gateway, events in self.outbox.take().items():
-            self._publisher.send(gateway, events)
+            self._sent += 1
+            if not self._drop_every or self._sent % self._drop_every:
+                self._publisher.send(gateway, events)
 
     def beat(self, facts: WorkerBeat) -> None:
         """Our beat to every gateway, each with its own requests."""

@@ -51,7 +51,13 @@ class Worker(ABC, Generic[A]):
         self.queue = JobQueue(redis, settings.fleet, identity.fingerprint)
         self.server = ControlServer(self.incarnation, settings.host, self._letter)
         self.gateways = Gateways(
-            self.incarnation, settings.fleet, identity.fingerprint, self.server, on_cancel=self._cancelled, on_over=self._over
+            self.incarnation,
+            settings.fleet,
+            identity.fingerprint,
+            self.server,
+            on_cancel=self._cancelled,
+            on_over=self._over,
+            drop_every=settings.drop_parcels,
         )
         self.engine = Engine(room.scheduler, room.runner, self._deliver, name=self.role, on_death=self._engine_died)
         self.snapshot: Snapshot = self.engine.snapshot

@@ -94,7 +94,8 @@ def revive(cluster: Cluster, name: str, **flags: str) -> None:
 @pytest.mark.timeout(60 + 60 * KILLS)
 @pytest.mark.parametrize("stage", list(WHERE))
 def test_kill_9_in_each_stage(four: Cluster, short: list[dict[str, Any]], stage: str) -> None:
-    """Two at once, so that one of them is caught by the worker that dies; detection to re-enqueue takes at most 3 s."""
+    """Six at once, so that the worker that dies catches some. A decode that dies between commit and `Committed` costs no new attempt:
+    the prefill still holds the pages and offers them to the other decode."""
     name = f"{WHERE[stage]}-0"
     for _ in range(KILLS):
         four.kill(name)
@@ -104,7 +105,7 @@ def test_kill_9_in_each_stage(four: Cluster, short: list[dict[str, Any]], stage:
         assert not child.alive, "the worker did not come to that stage"
         assert_undisturbed(short[:6], heard)
         again = [one for one in heard if one.timeline["attempts"] > 1]
-        assert again, "nobody was caught by the death"
+        assert again or stage == "decode_queue", "nobody was caught by the death"
         assert_conserved(four)
     revive(four, name)
 

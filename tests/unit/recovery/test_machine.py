@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from gateway.ask import Ask
 from common.messages import Sampling
-from tests.unit.recovery.workers import Decode, Prefill, Worker
+from gateway.ask import Ask
+from tests.unit.recovery.workers import Colocated, Decode, Prefill, Worker
 from tests.unit.recovery.world import Gateway, World
 
 CHANCES = st.sampled_from((0.0, 0.0, 0.1, 0.5))
@@ -73,9 +73,9 @@ class Fleet(RuleBasedStateMachine):
             worker.drain()
 
     @precondition(lambda self: len(self.world.living(Worker)) < 6)
-    @rule(role=st.sampled_from((Prefill, Decode)))
+    @rule(role=st.sampled_from((Prefill, Decode, Colocated)))
     def start(self, role: type[Worker]) -> None:
-        (self.world.prefill if role is Prefill else self.world.decode)(self.pages, self.depth)
+        self.world.start(role, self.pages, self.depth)
 
     @rule()
     def redis_restarts_empty(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from tests.unit.recovery.fabric import Weather
-from tests.unit.recovery.workers import Decode, Prefill, Worker
+from tests.unit.recovery.workers import Colocated, Decode, Prefill, Worker
 from tests.unit.recovery.world import Gateway, World, ask
 
 
@@ -35,10 +35,10 @@ def troubled(seed: int, steps: int = 60, *, log: bool = False) -> World:
     gateways = [world.gateway() for _ in range(rng.choice((1, 2)))]
     pages = rng.choice((12, 16, 40))
     depth = rng.choice((1, 2))
-    for _ in range(rng.choice((1, 2))):
-        world.prefill(pages, depth)
-    for _ in range(rng.choice((1, 2, 3))):
-        world.decode(pages, depth)
+    prefills, decodes, both = rng.choice(((1, 1, 0), (1, 2, 0), (2, 1, 0), (2, 2, 0), (1, 3, 0), (2, 3, 0), (1, 1, 1), (0, 0, 2)))
+    for kind, count in ((Prefill, prefills), (Decode, decodes), (Colocated, both)):
+        for _ in range(count):
+            world.start(kind, pages, depth)
     world.run(1.5)
     world.weather.__dict__.update(weather(rng).__dict__)
     for _ in range(steps):
@@ -50,8 +50,8 @@ def troubled(seed: int, steps: int = 60, *, log: bool = False) -> World:
 def step(world: World, gateways: list[Gateway], pages: int, depth: int, *, log: bool = False) -> None:
     rng = world.rng
     what = rng.choices(
-        ("ask", "cancel", "kill", "freeze", "drain", "empty", "away", "replay", "gateway", "calm"),
-        (40, 6, 6, 6, 3, 2, 2, 2, 1, 6),
+        ("ask", "cancel", "kill", "freeze", "drain", "empty", "away", "replay", "gateway", "calm", "hang"),
+        (40, 6, 6, 6, 3, 2, 2, 2, 1, 6, 2),
     )[0]
     workers = world.living(Worker)
     alive = [gateway for gateway in gateways if gateway.alive]
@@ -66,15 +66,13 @@ def step(world: World, gateways: list[Gateway], pages: int, depth: int, *, log: 
             gateway.cancel(rng.choice(sorted(gateway.clients)))
     elif what == "kill" and victim is not None:
         world.kill(victim)
-        again = world.prefill if isinstance(victim, Prefill) else world.decode
-        world.clock.after(rng.choice((0.0, 0.5, 4.0)), lambda: again(pages, depth) and None)
+        world.clock.after(rng.choice((0.0, 0.5, 4.0)), lambda: world.start(type(victim), pages, depth) and None)
     elif what == "freeze":
         process = rng.choice([*workers, *alive])
         world.freeze(process, rng.choice((0.3, 1.5, 3.0, 10.0)))
     elif what == "drain" and victim is not None and not victim.draining and not victim.frozen:
         victim.drain()
-        again = world.prefill if isinstance(victim, Prefill) else world.decode
-        world.clock.after(1.0, lambda: again(pages, depth) and None)
+        world.clock.after(1.0, lambda: world.start(type(victim), pages, depth) and None)
     elif what == "empty":
         world.queue.restart_empty()
     elif what == "away":
@@ -86,10 +84,7 @@ def step(world: World, gateways: list[Gateway], pages: int, depth: int, *, log: 
     elif what == "gateway" and alive and len(gateways) < 4:
         world.kill(rng.choice(alive))
         gateways.append(world.gateway())
+    elif what == "hang" and victim is not None:
+        world.hang(victim, rng.choice((0.5, 1.5, 8.0)))
     elif what == "calm":
         world.run(2.0)
-
-
-def kinds(world: World) -> tuple[int, int]:
-    """Living prefills and decodes."""
-    return len(world.living(Prefill)), len(world.living(Decode))

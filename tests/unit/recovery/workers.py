@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -13,6 +13,7 @@ from common.messages import (
     Cancel,
     Event,
     GatewayBeat,
+    Job,
     Key,
     Layout,
     Letter,
@@ -33,7 +34,7 @@ from services.decode import inbound
 from services.decode.core import DecodeCore
 from services.decode.inbound import Inbound
 from services.engine.pages import PagePool
-from services.engine.plan import Chunk, Draw, Outcome, Plan, Snapshot, StepOutput
+from services.engine.plan import Began, Chunk, Draw, Drawn, Failed, Outcome, Plan, Preempted, Snapshot, StepOutput
 from services.engine.policies import Limits
 from services.engine.scheduler import Scheduler
 from services.prefill import handoffs
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 FLEET, FINGERPRINT = "sim", "f"
 LAYOUT = Layout(1, 1, PAGE_TOKENS, 1, "float32")
+BUDGET_TOKENS = 16
 DRAIN_S = 5.0
 SWEEP_S, ORPHAN_S = 10.0, 30.0
 
@@ -58,14 +60,14 @@ class Worker(Process):
     """Engine thread, beats, gateways and outbox: services/worker/{worker,gateways}.py and services/engine/engine.py."""
 
     role: Role
-    core: PrefillCore | DecodeCore
+    core: PrefillCore | DecodeCore | Alone
 
     def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
         super().__init__(name)
         self.world = world
         self.outbox = Outbox()
         self.pool = PagePool(pages, PAGE_TOKENS)
-        self.scheduler = Scheduler(self.pool, "chunked", Limits(16, 8, max_batch=8, growth_pages=1), depth=depth)
+        self.scheduler = Scheduler(self.pool, "chunked", Limits(BUDGET_TOKENS, 8, max_batch=8, growth_pages=1), depth=depth)
         self.snapshot: Snapshot = self.scheduler.snapshot()
         self.gateways = Liveness()
         self.addresses: set[str] = set()
@@ -80,11 +82,25 @@ class Worker(Process):
         self._inbox: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._launches: deque[Plan] = deque()
         self._computing = False
+        self.hung = False
+        self._stuck: deque[Callable[[], None]] = deque()
         self.in_launch: set[Key] = set()
         self.longest_step_s = 1.0
         world.clock.after(world.rng.random() * BEAT_S, lambda: self.deliver("timer", self.beat_forever))
 
     # -------------------------------------------------------------------------------------------------------- the engine
+
+    def deliver(self, channel: str, what: Callable[[], None]) -> None:
+        """A launch that hangs (a device that does not answer) leaves the rest of the process alive and beating."""
+        if channel == "engine" and self.hung and self._computing and self.alive:
+            self._stuck.append(what)
+        else:
+            super().deliver(channel, what)
+
+    def unhang(self) -> None:
+        self.hung = False
+        while self._stuck:
+            self.deliver("engine", self._stuck.popleft())
 
     def post(self, command: Callable[..., None], *arguments: Any) -> None:
         self._inbox.append((command, arguments))
@@ -281,20 +297,11 @@ class Worker(Process):
         return [f"{self.name} {what}: {count}" for what, count in found.items() if count]
 
 
-class Prefill(Worker):
-    """services/prefill/{worker,peers}.py and services/worker/claims.py."""
-
-    role: Role = "prefill"
+class Claimant(Worker):
+    """services/worker/claims.py: one job at a time, only while there is room for it."""
 
     def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
         super().__init__(world, name, pages, depth)
-        self.core: PrefillCore = PrefillCore(
-            self.outbox, Handoffs(PAGE_TOKENS, world.rng), fingerprint=FINGERPRINT, page_tokens=PAGE_TOKENS,
-            max_request_tokens=world.max_request_tokens,
-        )  # fmt: skip
-        self.decodes = Liveness()
-        self.links: dict[str, int] = {}
-        self.beats: dict[str, WorkerBeat] = {}
         self._claiming = False
         for every, what in ((0.25, self.woken), (SWEEP_S, self.sweep)):
             self._forever(every, what)
@@ -308,7 +315,7 @@ class Prefill(Worker):
 
     def woken(self) -> None:
         """Claim if there is room; the reply may be lost, and the entry is then pending here for ever."""
-        if self._claiming or self.draining or self._wanted() <= 0 or self.world.queue.away:
+        if self._claiming or self.draining or self.wanted() <= 0 or self.world.queue.away:
             return
         claimed = self.world.queue.claim(self.name)
         if claimed is None or self.world.rng.random() < self.world.weather.claim_loss:
@@ -316,18 +323,19 @@ class Prefill(Worker):
         self._claiming = True
         self.world.clock.after(self.world.wires.latency(), lambda: self.deliver("redis", lambda: self._claimed(claimed)))
 
-    def _wanted(self) -> int:
+    def wanted(self) -> int:
         snapshot = self.snapshot
-        if self.runs.unbegun or snapshot.pool.free == 0 or (snapshot.in_flight and not snapshot.unplanned_tokens):
-            return 0
-        return 16 - snapshot.unplanned_tokens
+        return 0 if self.runs.unbegun or snapshot.pool.free == 0 else BUDGET_TOKENS - snapshot.unplanned_tokens
 
     def _claimed(self, claimed: Claimed) -> None:
         self._claiming = False
         if self.draining:
             return
         self.meet(claimed.job.gateway)
-        self.do(self.core.claimed(claimed.entry, claimed.job, self.world.now))
+        self.do([*self.claimed(claimed.entry, claimed.job)])
+
+    def claimed(self, entry: Entry, job: Job) -> Iterable[Any]:
+        raise NotImplementedError
 
     def sweep(self) -> None:
         """Delivered entries of dead gateways; and those for which nobody waits any more: a copy of a job (doubled, replayed) whose holder
@@ -335,6 +343,74 @@ class Prefill(Worker):
         for entry, state, job in self.world.queue.pending():
             if (state.idle_s > ORPHAN_S and job.gateway not in self.gateways.alive) or state.idle_s > job.deadline_s:
                 self.world.queue.remove(entry)
+
+
+class Colocated(Claimant):
+    """services/colocated/worker.py: no handoff, only runs."""
+
+    role: Role = "colocated"
+
+    def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
+        super().__init__(world, name, pages, depth)
+        self.core = Alone(Runs(self.outbox, world.max_request_tokens, parks=False))
+
+    def claimed(self, entry: Entry, job: Job) -> Iterable[Any]:
+        return self.runs.claimed(entry, job, self.world.now)
+
+    def introduced(self, name: str, role: Role) -> None:
+        pass
+
+    def tick(self, now: float) -> list[Any]:
+        return []
+
+
+class Alone:
+    """What the colocated worker does between its hooks and its runs."""
+
+    def __init__(self, runs: Runs) -> None:
+        self.runs = runs
+
+    def outcome(self, outcome: Outcome, now: float) -> list[Any]:
+        match outcome:
+            case Began():
+                self.runs.began(outcome, now)
+            case Drawn():
+                self.runs.drawn(outcome, now)
+            case Preempted() | Failed():
+                self.runs.ended(outcome)
+        return []
+
+    def cancel(self, key: Key, now: float) -> list[Any]:
+        return [*self.runs.cancel(key)]
+
+    def over(self, key: Key) -> list[Any]:
+        return [*self.runs.over(key)]
+
+    def drain(self, now: float) -> list[Any]:
+        return [*self.runs.drain()]
+
+
+class Prefill(Claimant):
+    """services/prefill/{worker,peers}.py."""
+
+    role: Role = "prefill"
+
+    def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
+        super().__init__(world, name, pages, depth)
+        self.core: PrefillCore = PrefillCore(
+            self.outbox, Handoffs(PAGE_TOKENS, world.rng), fingerprint=FINGERPRINT, page_tokens=PAGE_TOKENS,
+            max_request_tokens=world.max_request_tokens,
+        )  # fmt: skip
+        self.decodes = Liveness()
+        self.links: dict[str, int] = {}
+        self.beats: dict[str, WorkerBeat] = {}
+
+    def wanted(self) -> int:
+        """While a launch is under way and nothing is left to plan behind it, an idle prefill elsewhere is the better place."""
+        return 0 if self.snapshot.in_flight and not self.snapshot.unplanned_tokens else super().wanted()
+
+    def claimed(self, entry: Entry, job: Job) -> Iterable[Any]:
+        return self.core.claimed(entry, job, self.world.now)
 
     def introduced(self, name: str, role: Role) -> None:
         if role == "decode" and name not in self.links:

@@ -37,7 +37,7 @@ from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
 from gateway.ledger import Ledger
 from tests.unit.recovery.carrier import Carrier
 from tests.unit.recovery.fabric import Clock, Process, Streams, Weather, Wires, undisturbed
-from tests.unit.recovery.workers import FINGERPRINT, FLEET, Decode, Prefill, Worker
+from tests.unit.recovery.workers import FINGERPRINT, FLEET, Colocated, Decode, Prefill, Worker
 
 P = TypeVar("P", bound=Process)
 
@@ -232,6 +232,14 @@ class World:
     def decode(self, pages: int = 24, depth: int = 1) -> Decode:
         return self._join(Decode(self, self._name("d"), pages, depth), "decode")
 
+    def colocated(self, pages: int = 24, depth: int = 1) -> Colocated:
+        return self._join(Colocated(self, self._name("c"), pages, depth), "colocated")
+
+    def start(self, kind: type[Worker], pages: int = 24, depth: int = 1) -> Worker:
+        if kind is Colocated:
+            return self.colocated(pages, depth)
+        return self.prefill(pages, depth) if kind is Prefill else self.decode(pages, depth)
+
     def _join(self, process: P, role: Role) -> P:
         """Introductions reach each other process within a second, both ways."""
         for name, other in self.processes.items():
@@ -274,6 +282,10 @@ class World:
         if process.alive and process.frozen:
             process.thaw(self.rng)
 
+    def hang(self, worker: Worker, seconds: float) -> None:
+        worker.hung = True
+        self.clock.after(seconds, worker.unhang)
+
     # -------------------------------------------------------------------------------------------------------------- time
 
     def run(self, seconds: float) -> None:
@@ -297,9 +309,12 @@ class World:
         self.queue.away = False
         for process in list(self.processes.values()):
             self.thaw(process)
-        for kind, start in ((Prefill, self.prefill), (Decode, self.decode)):
-            if not [worker for worker in self.living(kind) if not worker.draining]:
-                start()
+        for worker in self.living(Worker):
+            worker.unhang()
+        working = {type(worker) for worker in self.living(Worker) if not worker.draining}
+        if Colocated not in working or Prefill in working:
+            for kind in {Prefill, Decode} - working:
+                self.start(kind)
         assert self.run_until(lambda: not self.waiting(), seconds), f"not ended: {self.waiting()}"
         gateways_died = any(isinstance(process, Gateway) and not process.alive for process in self.processes.values())
         self.run_until(lambda: not self.leftovers(), 60.0 if gateways_died else 20.0)

@@ -1,0 +1,224 @@
+"""Bugs that the simulation (or reading) has found, each as the few steps that show it."""
+
+from __future__ import annotations
+
+import random
+
+from common.messages import (
+    Choice,
+    Committed,
+    Finished,
+    Granted,
+    GrantedRank,
+    Handed,
+    Holding,
+    Job,
+    Key,
+    Lost,
+    Offer,
+    PeerBeat,
+    Pushed,
+    Refused,
+    Resend,
+    Sampling,
+    Shard,
+    Started,
+    Token,
+    Tokens,
+    WorkerBeat,
+)
+from common.queue import Entry
+from gateway.ask import Ask
+from gateway.flight import Put, Tell
+from gateway.ledger import Ledger
+from services.decode import inbound
+from services.decode.core import DecodeCore
+from services.decode.inbound import Inbound
+from services.engine.plan import Began
+from services.engine.plan import Granted as EngineGranted
+from services.prefill import handoffs
+from services.prefill.core import PrefillCore
+from services.prefill.handoffs import Handoffs, Load
+from services.transfer.protocol import Arrived, Posted
+from services.worker.outbox import Outbox
+
+ASK = Ask([1, 2, 3], Sampling(seed=1), 12)
+KEY = Key("r", 0, 1, "e")
+RANK = GrantedRank(Shard(0, (0, 1), (0, 1)), b"address")
+LOAD = Load(0, 10)
+
+
+def job(attempt: int = 1) -> Job:
+    return Job("r", "g", "tcp://g", [1, 2, 3], [Choice(0, attempt)], Sampling(), 12)
+
+
+def ledger(*, started: bool = True) -> Ledger:
+    found = Ledger("g", "tcp://g")
+    found.join("p", "prefill")
+    found.join("d", "decode")
+    found.open("r", ASK, 0.0)
+    found.put("r", 0, 1, Entry("interactive", "1-0"))
+    if started:
+        found.event("p", Started(KEY), 0.1)
+    return found
+
+
+def beat(role: str, *holding: Holding) -> WorkerBeat:
+    return WorkerBeat(role, 1, 1, False, 1.0, 9, 9, 0, 0, holding=list(holding))  # type: ignore[arg-type]
+
+
+def puts(actions: list[object]) -> int:
+    return sum(isinstance(action, Put) for action in actions)
+
+
+def prefill() -> PrefillCore:
+    ways = Handoffs(4, random.Random(1))
+    ways.decodes({"d": LOAD})
+    return PrefillCore(Outbox(), ways, fingerprint="f", page_tokens=4, max_request_tokens=64)
+
+
+def decode() -> DecodeCore:
+    return DecodeCore(Outbox(), Inbound(4, 64), max_request_tokens=64)
+
+
+def offer(number: int) -> Offer:
+    return Offer(number, KEY, job(), 3, [], 60.0)
+
+
+# ------------------------------------------------------------------------------------------------------------- gateway
+
+
+def test_a_finish_is_not_acknowledged_before_its_tokens_have_come() -> None:
+    found = ledger()
+    found.event("d", Started(KEY), 0.2)
+    assert found.event("d", Finished(KEY, 12, "length"), 0.3) == [Tell("d", Resend(KEY, 0))]
+    assert (KEY, 0, True) not in found.seen("d")
+
+
+def test_an_ending_of_which_nothing_was_heard_is_asked_for() -> None:
+    found = ledger(started=False)
+    assert found.event("p", beat("prefill", Holding(KEY, 1, True, False)), 0.5) == [Tell("p", Resend(KEY, 0))]
+    assert (KEY, 0, True) not in found.seen("p")
+
+
+def test_a_decode_that_dies_before_prefill_knew_of_its_commit_does_not_strand_the_request() -> None:
+    found = ledger()
+    found.event("d", Started(KEY), 0.2)
+    actions = [*found.dead("d", 3.0), *found.event("p", Handed(KEY, "d"), 3.1), *found.tick(60.0)]
+    assert puts(actions) == 1
+
+
+def test_a_stranger_is_not_taken_for_a_prefill() -> None:
+    found = ledger()
+    assert found.event("new decode", Started(KEY), 0.2) == []
+    assert found.event("new decode", beat("decode", Holding(KEY, 1, False, True)), 0.3) == [Tell("new decode", Resend(KEY, 0))]
+
+
+def test_a_put_that_failed_although_the_job_had_entered_is_not_repeated() -> None:
+    found = ledger(started=False)
+    found.event("p", Lost(KEY, "drained"), 0.2)
+    second = Key("r", 0, 2, "e2")
+    found.event("p", Started(second), 0.3)
+    found.put_failed("r", 0, 2, 0.4)
+    assert puts(found.tick(1.5)) == 0
+
+
+def test_old_words_of_a_prefill_that_let_go_do_not_hide_the_death_of_the_decode() -> None:
+    found = ledger()
+    found.event("p", Handed(KEY, "d"), 0.3)
+    found.event("p", Tokens(KEY, [Token(0, 1)]), 0.4)
+    assert puts(found.dead("d", 3.0)) == 1
+
+
+def test_a_prefill_that_drains_without_knowing_of_the_commit_costs_no_attempt() -> None:
+    found = ledger()
+    found.event("d", Tokens(KEY, [Token(0, 1)]), 0.2)
+    assert found.event("p", Lost(KEY, "drained"), 0.3) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- prefill
+
+
+def test_a_run_given_up_before_it_began_is_not_offered() -> None:
+    core = prefill()
+    core.claimed(Entry("interactive", "1-0"), job(), 0.0)
+    (key,) = core.runs.outbox.unended()
+    core.drain(0.1)
+    assert core.outcome(Began(key, (0,)), 0.2) == [], "its pages are free already: they would be pushed with somebody else's KV"
+    assert len(core.handoffs) == 0
+
+
+def test_refusals_do_not_chase_each_other() -> None:
+    ways = Handoffs(4, random.Random(1))
+    ways.decodes({"d": LOAD})
+    ways.begin(KEY, job(), 3, [], (0,), 0.0)
+    actions = ways.letter("d", Refused(1, "draining"), 0.1)
+    assert not [action for action in actions if isinstance(action, handoffs.Send) and isinstance(action.body, Offer)]
+    assert [action.body.handoff for action in ways.tick(0.5) if isinstance(action, handoffs.Send) and isinstance(action.body, Offer)] == [2]
+
+
+def granted(ways: Handoffs) -> None:
+    ways.begin(KEY, job(), 3, [], (0,), 0.0)
+    ways.letter("d", Granted(1, 7, [0], [RANK]), 0.1)
+
+
+def test_pages_that_never_leave_condemn_their_link() -> None:
+    ways = Handoffs(4, random.Random(1))
+    ways.decodes({"d": LOAD})
+    granted(ways)
+    assert handoffs.FinishPush(1, 7) in ways.drawn(KEY, Token(0, 1), 0.2)
+    actions = [action for second in range(1, 12) for action in ways.tick(float(second))]
+    assert handoffs.ResetLink("d") in actions
+    assert any(isinstance(action, handoffs.Send) and isinstance(action.body, Offer) and action.body.handoff > 1 for action in actions)
+
+
+def test_a_push_without_an_end_is_ended_when_it_is_withdrawn() -> None:
+    ways = Handoffs(4, random.Random(1))
+    ways.decodes({"d": LOAD})
+    ways.begin(KEY, job(), 4, [], (0,), 0.0)
+    ways.letter("d", Granted(1, 7, [0], [RANK]), 0.1)
+    ways.computed(KEY, 4, 0.2)
+    assert handoffs.Flush("d", RANK, 1, 7, ()) in ways.drop(KEY, 0.3), "the transfer would wait for the end of this push for ever"
+
+
+# -------------------------------------------------------------------------------------------------------------- decode
+
+
+def arrive(core: DecodeCore, number: int, grant: int) -> list[object]:
+    """Grant, receive and hear of handoff `number`, as far as the core goes along."""
+    actions: list[object] = []
+    actions += core.outcome(EngineGranted(("p", number), (number,)), 0.2)
+    actions += core.posted(Posted(grant, RANK), 0.2)
+    actions += core.letter("p", Pushed(number, grant, [(0, Token(0, 5))], [[1]]), 0.3)
+    actions += core.arrived(Arrived(grant, (1,)), 0.4)
+    return actions
+
+
+def test_a_second_commit_of_what_runs_already_leaves_its_words_alone() -> None:
+    core = decode()
+    core.letter("p", offer(1), 0.0)
+    core.letter("p", offer(2), 0.1)
+    assert Committed(1) in [action.body for action in arrive(core, 1, 1) if isinstance(action, inbound.Send)]
+    core.runs.outbox.tokens(KEY, [Token(1, 6)], stage_s=0.1)
+    arrive(core, 2, 2)
+    assert core.runs.outbox.holding("g") == [Holding(KEY, 2, False, False)]
+
+
+def test_what_is_in_transit_when_a_decode_drains_goes_elsewhere() -> None:
+    core = decode()
+    core.letter("p", offer(1), 0.0)
+    core.outcome(EngineGranted(("p", 1), (1,)), 0.1)
+    core.posted(Posted(1, RANK), 0.1)
+    bodies = [action.body for action in core.drain(0.2) if isinstance(action, inbound.Send)]
+    assert bodies == [Refused(1, "draining")]
+    assert not [action for action in arrive(core, 1, 1) if isinstance(action, inbound.Commit)]
+
+
+def test_an_abandoned_grant_that_does_not_land_costs_its_link() -> None:
+    core = decode()
+    core.letter("p", offer(1), 0.0)
+    core.outcome(EngineGranted(("p", 1), (1,)), 0.1)
+    core.posted(Posted(1, RANK), 0.1)
+    core.letter("p", PeerBeat(1, 0, "f", "f", None, []), 0.2)  # type: ignore[arg-type]
+    actions = [action for second in range(1, 20) for action in core.tick(float(second))]
+    assert actions.count(inbound.ClosePeer("p")) == 1
