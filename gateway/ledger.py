@@ -102,8 +102,8 @@ class Ledger:
             if now - flight.put_at < DEAD_S:
                 continue
             state = states[flight.entry]
-            # A consumer that is dead and one that has lost the reply look alike: delivered, and not a word of it for as long as death takes.
-            # Who lives is not asked: one that has just started claims before its first beat is heard.
+            # A consumer that is dead and one that has lost the reply look alike: delivered, and not a word of it for as long as death
+            # takes. Who lives is not asked: one that has just started claims before its first beat is heard.
             if isinstance(state, Absent) or (isinstance(state, Pending) and state.idle_s > DEAD_S):
                 actions += self._again(flight, now)
         return actions

@@ -29,8 +29,12 @@ class Metrics:
         self.total = Histogram("baton_request_seconds", "From acceptance to the last token", buckets=SECONDS, registry=r)
         self.stages = Histogram("baton_stage_seconds", "The stages of a request", ["stage"], buckets=SECONDS, registry=r)
 
+    def refused(self, outcome: str) -> None:
+        """A request has not been accepted: an error's name."""
+        self.requests.labels(outcome).inc()
+
     def ended(self, outcome: str, timeline: Timeline, prompt_tokens: int, output_tokens: int) -> None:
-        """A request is over: `outcome` is stop, length, cancelled or an error's name."""
+        """An accepted request is over: `outcome` is stop, length, cancelled or an error's name."""
         self.requests.labels(outcome).inc()
         self.prompt_tokens.inc(prompt_tokens)
         self.output_tokens.inc(output_tokens)

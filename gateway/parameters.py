@@ -21,6 +21,7 @@ MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 500
 MOST_LOGPROBS = 20
 MOST_BIASES = 1024
+LEAST_TEMPERATURE = 1e-5
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""
 
@@ -130,6 +131,11 @@ def _object(body: bytes) -> dict[str, Any]:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise BadRequest("the body must be a JSON object")
+    return _given(found)
+
+
+def _given(found: dict[str, Any]) -> dict[str, Any]:
+    """Null is the same as absent."""
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -169,13 +175,15 @@ def _prompt(fields: dict[str, Any], model: Model) -> list[int]:
     if isinstance(prompt, str):
         return model.encode(prompt)
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        if not prompt:
+            raise BadRequest("the prompt is empty", param="prompt")
         bad = next((token for token in prompt if not 0 <= token < model.vocabulary), None)
         if bad is not None:
-            raise BadRequest(f"prompt holds the id {bad}; ids are 0 to {model.vocabulary - 1}", param="prompt")
+            raise BadRequest(f"prompt holds the id {str(bad)[:20]}; ids are 0 to {model.vocabulary - 1}", param="prompt")
         return prompt
-    if isinstance(prompt, list):
+    if isinstance(prompt, list) and all(isinstance(one, str | list) for one in prompt):
         raise BadRequest("several prompts in one request are not supported yet", param="prompt", code="unsupported_parameter")
-    raise BadRequest("prompt must be a string or a list of token ids", param="prompt")
+    raise BadRequest("prompt must be a string or a list of whole numbers, the token ids", param="prompt")
 
 
 def _messages(fields: dict[str, Any], model: Model) -> list[int]:
@@ -189,7 +197,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise BadRequest(f"{where} must be an object", param=where)
     role, content = message.get("role"), message.get("content")
-    if role not in ("system", "developer", "user", "assistant"):
+    if not isinstance(role, str) or role not in ("system", "developer", "user", "assistant"):
         raise BadRequest(f"{where}.role must be system, developer, user or assistant", param=f"{where}.role")
     extra = next((name for name, value in message.items() if name not in ("role", "content", "name") and value), None)
     if extra is not None:
@@ -216,7 +224,7 @@ def _content(content: Any, where: str) -> str:
 def _sampling(fields: dict[str, Any], model: Model, *, chat: bool) -> Sampling:
     return Sampling(
         seed=_integer(fields, "seed", -(2**63), 2**64 - 1, secrets.randbits(63)) & 0xFFFFFFFFFFFFFFFF,
-        temperature=_number(fields, "temperature", 0.0, 2.0, 1.0),
+        temperature=_temperature(fields),
         top_p=_number(fields, "top_p", 0.0, 1.0, 1.0),
         top_k=max(0, _integer(fields, "top_k", -1, model.vocabulary, 0)),
         min_p=_number(fields, "min_p", 0.0, 1.0, 0.0),
@@ -226,6 +234,12 @@ def _sampling(fields: dict[str, Any], model: Model, *, chat: bool) -> Sampling:
         logit_bias=_biases(fields, model),
         logprobs=_logprobs(fields, chat=chat),
     )
+
+
+def _temperature(fields: dict[str, Any]) -> float:
+    """Below LEAST_TEMPERATURE it is greedy: logits divided by less overflow."""
+    value = _number(fields, "temperature", 0.0, 2.0, 1.0)
+    return value if value >= LEAST_TEMPERATURE else 0.0
 
 
 def _logprobs(fields: dict[str, Any], *, chat: bool) -> int:
@@ -247,7 +261,9 @@ def _biases(fields: dict[str, Any], model: Model) -> dict[int, float]:
         token = int(name) if name.isascii() and name.isdigit() and len(name) < 10 else -1
         if not 0 <= token < model.vocabulary:
             raise BadRequest(f"logit_bias names {name[:20]!r}; ids are 0 to {model.vocabulary - 1}", param="logit_bias")
-        found[token] = _number({name: value}, name, -100.0, 100.0, 0.0)
+        if type(value) not in (int, float) or not -100 <= value <= 100:
+            raise BadRequest(f"logit_bias of {token} must be a number from -100 to 100", param="logit_bias")
+        found[token] = float(value)
     return found
 
 
@@ -256,7 +272,7 @@ def _stops(fields: dict[str, Any]) -> list[str]:
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) for s in stops):
         raise BadRequest(f"stop must be a string or a list of at most {MOST_STOPS} strings", param="stop")
-    if any(not 1 <= len(s) <= MOST_STOP_CHARACTERS for s in stops):
+    if not all(1 <= len(s) <= MOST_STOP_CHARACTERS for s in stops):
         raise BadRequest(f"a stop string must have 1 to {MOST_STOP_CHARACTERS} characters", param="stop")
     return stops
 
@@ -273,7 +289,9 @@ def _max_tokens(fields: dict[str, Any], prompt: int, context: int, *, chat: bool
         )
     if name not in fields:
         return room if chat else min(room, DEFAULT_COMPLETION_TOKENS)
-    wanted = _integer(fields, name, 1, 2**31, 1)
+    wanted = _integer(fields, name, -(2**63), 2**63, 1)
+    if wanted < 1:
+        raise BadRequest(f"{name} must be at least 1", param=name)
     if wanted > room:
         raise BadRequest(
             f"the prompt has {prompt} tokens and {name} is {wanted}; the context is {context}",
@@ -291,16 +309,17 @@ def _include_usage(fields: dict[str, Any], stream: bool) -> bool:
         raise BadRequest("stream_options must be an object with include_usage", param="stream_options")
     if not stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
-    return _flag(options, "include_usage")
+    given = _given(options)
+    return _flag(given, "include_usage", within="stream_options.")
 
 
 # --------------------------------------------------------------------------------------------------------------- values
 
 
-def _flag(fields: dict[str, Any], name: str) -> bool:
+def _flag(fields: dict[str, Any], name: str, *, within: str = "") -> bool:
     value = fields.get(name, False)
     if not isinstance(value, bool):
-        raise BadRequest(f"{name} must be true or false", param=name)
+        raise BadRequest(f"{within}{name} must be true or false", param=within + name)
     return value
 
 

@@ -85,7 +85,7 @@ class Model:
         """Whether the token is part of the text: special ones are not."""
         return token not in self._special
 
-    def bytes(self, token: int) -> bytes:
+    def raw(self, token: int) -> bytes:
         """One token's bytes by itself, special ones' names included; exact where the tokenizer is byte-level. Empty for an id without a
         token (vocabularies are padded)."""
         name: str | None = self._backend.id_to_token(token)

@@ -7,14 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import RequestError
-from common.messages import Token
 from gateway.ask import Timeline
 from gateway.prompts import Model
-from gateway.speech import Piece, Usage
+from gateway.speech import Piece, Spoken, Usage
+
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not know."""
+MOST_ECHOED = 500
+"""Characters of a client's own words that an error repeats."""
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    return {"error": {"message": _sayable(error.message), "type": error.type, "param": _sayable(error.param), "code": error.code}}
+
+
+def _sayable(words: str | None) -> str | None:
+    """Short, and without lone surrogates, which UTF-8 cannot carry: messages and params repeat what clients send."""
+    if words is None:
+        return None
+    short = words if len(words) <= MOST_ECHOED else words[:MOST_ECHOED] + "…"
+    return short.encode("utf-8", "backslashreplace").decode()
 
 
 def model_body(model: Model) -> dict[str, Any]:
@@ -33,9 +45,9 @@ def timeline_body(timeline: Timeline) -> dict[str, Any]:
     return {"timeline": {**body, "attempts": timeline.attempts}}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Form:
-    """How one request's replies look: chat or completion, its id and time, and how far its text has come."""
+    """How one request's replies look: chat or completion, its id and time."""
 
     id: str
     chat: bool
@@ -43,15 +55,12 @@ class Form:
     logprobs: int
     """Alternatives asked for; -1: no logprobs."""
     created: int = field(default_factory=lambda: int(time.time()))
-    text_offset: int = 0
 
     def opening(self) -> dict[str, Any] | None:
         """A stream's first chunk: chat says whose words follow."""
-        return (
-            self._chunk({"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
-            if self.chat
-            else None
-        )
+        if not self.chat:
+            return None
+        return self._chunk({"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs(piece.tokens), "finish_reason": piece.finish}
@@ -67,8 +76,8 @@ class Form:
 
     def whole(self, pieces: list[Piece], usage: Usage) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs(tokens), "finish_reason": pieces[-1].finish}
+        said = [spoken for piece in pieces for spoken in piece.tokens]
+        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs(said), "finish_reason": pieces[-1].finish}
         if self.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
@@ -84,33 +93,52 @@ class Form:
     def _chunk(self, choice: dict[str, Any] | None) -> dict[str, Any]:
         return {**self._head(stream=True), "choices": [] if choice is None else [choice]}
 
-    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
-        if self.logprobs < 0 or not tokens:
+    def _logprobs(self, said: list[Spoken]) -> dict[str, Any] | None:
+        if self.logprobs < 0 or not said:
             return None
-        return self._chat_logprobs(tokens) if self.chat else self._completion_logprobs(tokens)
+        return self._chat_logprobs(said) if self.chat else self._completion_logprobs(said)
 
-    def _chat_logprobs(self, tokens: list[Token]) -> dict[str, Any]:
+    def _chat_logprobs(self, said: list[Spoken]) -> dict[str, Any]:
         content = []
-        for token in tokens:
-            assert token.logprob is not None
-            tops = [self._entry(other, value) for other, value in token.logprob.top]
-            content.append({**self._entry(token.id, token.logprob.own), "top_logprobs": tops})
+        for spoken in said:
+            own, top = _logprob(spoken)
+            tops = [self._entry(other, value) for other, value in top[: self.logprobs]]
+            content.append({**self._entry(spoken.token.id, own), "top_logprobs": tops})
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, value: float) -> dict[str, Any]:
-        piece = self.model.piece(token)
-        return {"token": piece, "logprob": value, "bytes": list(piece.encode())}
+        raw = self.model.raw(token)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(value), "bytes": list(raw)}
 
-    def _completion_logprobs(self, tokens: list[Token]) -> dict[str, Any]:
-        pieces = [self.model.piece(token.id) for token in tokens]
-        offsets = []
-        for piece in pieces:
-            offsets.append(self.text_offset)
-            self.text_offset += len(piece)
-        logprobs = [token.logprob for token in tokens if token.logprob is not None]
+    def _completion_logprobs(self, said: list[Spoken]) -> dict[str, Any]:
+        """OpenAI's older format: alternatives by their names, the drawn token always among them."""
+        alternatives = []
+        for spoken in said:
+            own, top = _logprob(spoken)
+            named = {self._name(other): _finite(value) for other, value in top[: self.logprobs]}
+            alternatives.append({**named, self._name(spoken.token.id): _finite(own)})
         return {
-            "tokens": pieces,
-            "token_logprobs": [logprob.own for logprob in logprobs],
-            "top_logprobs": [{self.model.piece(other): value for other, value in logprob.top} for logprob in logprobs],
-            "text_offset": offsets,
+            "tokens": [self._name(spoken.token.id) for spoken in said],
+            "token_logprobs": [_finite(_logprob(spoken)[0]) for spoken in said],
+            "top_logprobs": alternatives,
+            "text_offset": [spoken.offset for spoken in said],
         }
+
+    def _name(self, token: int) -> str:
+        """The token's text; bytes that are no characters as OpenAI writes them: bytes:\\xe2\\x82."""
+        raw = self.model.raw(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _logprob(spoken: Spoken) -> tuple[float, list[tuple[int, float]]]:
+    logprob = spoken.token.logprob
+    assert logprob is not None, "the worker was asked for logprobs"
+    return logprob.own, logprob.top
+
+
+def _finite(value: float) -> float:
+    """NaN and minus infinity are not JSON."""
+    return value if value > LEAST_LOGPROB else LEAST_LOGPROB

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 from common.errors import RequestError
@@ -46,7 +46,7 @@ class Usage:
 
 
 class Speech:
-    """One answer on its way to one client. Iterate to the end, or cancel it."""
+    """One answer on its way to one client. Take its pieces to the end, or cancel it."""
 
     def __init__(self, answer: Answer, wish: Wish, tokenizer: Tokenizer) -> None:
         self._answer = answer
@@ -67,7 +67,7 @@ class Speech:
     def cancel(self) -> None:
         self._answer.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
         """Raises the RequestError with which the answer failed."""
         try:
             async for update in self._answer:

@@ -18,7 +18,7 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
-    def bytes(self, token: int) -> bytes: ...
+    def raw(self, token: int) -> bytes: ...
 
     def shows(self, token: int) -> bool: ...
 
@@ -38,14 +38,14 @@ def detokenizer(tokenizer: Tokenizer) -> Detokenizer:
 
 
 class ByteText:
-    """For byte-level BPE, where a token's bytes do not depend on its neighbours. Exactly the tokenizer's own text, one table look-up a token."""
+    """For byte-level BPE, where a token's bytes do not depend on its neighbours: exactly the tokenizer's own text, by a look-up a token."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        return self._decoder.decode(self._tokenizer.bytes(token)) if self._tokenizer.shows(token) else ""
+        return self._decoder.decode(self._tokenizer.raw(token)) if self._tokenizer.shows(token) else ""
 
     def end(self) -> str:
         return self._decoder.decode(b"", final=True)

@@ -43,7 +43,8 @@ class Pool:
 
 
 def _lazy_zeros(size: int) -> Tensor:
-    """uint8 zeros that cost memory only once they are touched (numpy asks the kernel for zeroed pages; torch writes them)."""
+    """uint8 zeros that cost memory only once they are touched. numpy asks the kernel for zeroed pages (torch would write them), and for
+    huge ones, which the transfer's reads from another process need for their speed."""
     return torch.from_numpy(np.zeros(size, dtype=np.uint8))
 
 

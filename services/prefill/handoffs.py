@@ -293,7 +293,7 @@ class Handoffs:
         return range(-(-going.length // self._page_tokens))
 
     def _offer(self, going: Going, now: float, *, anywhere: bool = False) -> list[Action]:
-        """Offer it to a decode that has not just failed; to one that has only at the next tick, so that failures do not chase each other."""
+        """Offer it to a decode that has not just failed; to one that has, only at a tick: failures must not chase each other."""
         peer = self._choose(going.avoid, anywhere)
         if peer is None:
             return []
@@ -311,7 +311,11 @@ class Handoffs:
         if not candidates:
             return None
         pair = self._rng.sample(candidates, min(2, len(candidates)))
-        return min(pair, key=lambda name: (self._decodes[name].running, -self._decodes[name].free_pages))
+        return min(pair, key=lambda name: (self._load(name), -self._decodes[name].free_pages))
+
+    def _load(self, peer: Incarnation) -> int:
+        """What its beat said, and what we have sent its way meanwhile: beats are too rare to spread a burst."""
+        return self._decodes[peer].running + len(self.pursued(peer))
 
     def _push(self, going: Going, now: float) -> list[Action]:
         """Push what is final and not pushed yet; with the first token drawn, that is everything."""

@@ -140,7 +140,9 @@ class Sender:
         moved = False
         for channels in tuple(self._channels.values()):
             for channel in tuple(channels.values()):
-                for _ in range(min(BURST, len(channel.waiting), WINDOW - len(channel.sent))):
+                for _ in range(min(BURST, WINDOW - len(channel.sent))):
+                    if not channel.waiting:
+                        break
                     self._send(channel, channel.waiting.popleft())
                     moved = True
         moved |= bool(self.worker.progress_once())

@@ -8,8 +8,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from common.messages import Sampling
 from gateway.ask import Ask
-from tests.unit.recovery.workers import Colocated, Decode, Prefill, Worker
-from tests.unit.recovery.world import Gateway, World
+from tests.unit.recovery.decodes import Decode
+from tests.unit.recovery.gateways import Gateway
+from tests.unit.recovery.prefills import Colocated, Prefill
+from tests.unit.recovery.worker import Worker
+from tests.unit.recovery.world import World
 
 CHANCES = st.sampled_from((0.0, 0.0, 0.1, 0.5))
 PICK = st.integers(0, 7)

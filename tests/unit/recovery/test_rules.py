@@ -30,8 +30,11 @@ from gateway.ask import Ask
 from gateway.flight import Bury, End, Put, Tell
 from gateway.ledger import Ledger
 from services.worker.outbox import Outbox
-from tests.unit.recovery.workers import Decode, Prefill, Worker
-from tests.unit.recovery.world import Gateway, World
+from tests.unit.recovery.decodes import Decode
+from tests.unit.recovery.gateways import Gateway
+from tests.unit.recovery.prefills import Prefill
+from tests.unit.recovery.worker import Worker
+from tests.unit.recovery.world import World
 
 ASK = Ask([1, 2, 3, 4, 5, 6], Sampling(seed=1), 12)
 LONG = Ask(list(range(20)), Sampling(seed=2), 24)
@@ -78,7 +81,7 @@ def test_rule_1_an_attempt_is_bound_to_the_first_execution_and_the_first_decode(
 
 
 def test_rule_1_a_job_that_entered_twice_is_answered_once() -> None:
-    world, gateway, prefills, _ = fleet(2)
+    world, gateway, _, _ = fleet(2)
     world.weather.duplicate_put = 1.0
     for _ in range(5):
         gateway.submit(ASK)
@@ -98,7 +101,7 @@ def test_rule_2_a_new_attempt_goes_on_behind_what_was_accepted() -> None:
 @pytest.mark.parametrize("fault", ["kill", "freeze", "hang"])
 @pytest.mark.parametrize("role", [Prefill, Decode])
 def test_rule_3_silence_or_work_without_a_step_is_death(fault: str, role: type[Worker]) -> None:
-    world, gateway, prefills, decodes = fleet(2, 2)
+    world, gateway, _, _ = fleet(2, 2)
     asked = [gateway.submit(LONG) for _ in range(4)]
     world.run(0.4)
     victim = max(world.living(role), key=lambda worker: len(worker.outbox))
@@ -186,7 +189,7 @@ def test_rule_6_what_could_not_be_sent_stays_until_it_is_seen() -> None:
 
 
 def test_rule_7_a_preempted_request_is_lost_and_comes_back_fully_reserved() -> None:
-    world, gateway, _, decodes = fleet(pages=12)
+    world, gateway, _, _ = fleet(pages=12)
     for _ in range(4):
         gateway.submit(Ask(list(range(8)), Sampling(seed=5), 24))
     world.settle()
@@ -304,7 +307,7 @@ def test_rule_13_cancel_frees_every_page_within_a_second() -> None:
         request_id = gateway.submit(LONG)
         world.run(after)
         gateway.cancel(request_id)
-        assert world.run_until(lambda: not world.leftovers(), 1.0), (after, world.leftovers())
+        assert world.run_until(lambda world=world: not world.leftovers(), 1.0), (after, world.leftovers())
 
 
 def test_rule_13_an_event_of_a_stranger_is_answered_with_cancel() -> None:

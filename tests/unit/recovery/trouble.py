@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 
+from tests.unit.recovery.decodes import Decode
 from tests.unit.recovery.fabric import Weather
-from tests.unit.recovery.workers import Colocated, Decode, Prefill, Worker
-from tests.unit.recovery.world import Gateway, World, ask
+from tests.unit.recovery.gateways import Gateway
+from tests.unit.recovery.prefills import Colocated, Prefill
+from tests.unit.recovery.worker import Worker
+from tests.unit.recovery.world import World, ask
 
 
 def weather(rng: random.Random) -> Weather:

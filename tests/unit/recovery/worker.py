@@ -1,10 +1,10 @@
-"""The workers of the simulated fleet: what the drivers of services/{worker,prefill,decode} must do with each action, without sockets."""
+"""What every simulated worker does: services/worker/{worker,gateways}.py and services/engine/engine.py, without sockets and threads."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec.structs import replace
 
@@ -13,37 +13,26 @@ from common.messages import (
     Cancel,
     Event,
     GatewayBeat,
-    Job,
     Key,
     Layout,
     Letter,
-    Offer,
     Parcel,
-    PeerBeat,
-    Pushed,
     Resend,
     Role,
-    Withdraw,
     WorkerBeat,
     decode,
     encode,
 )
 from common.names import BEAT_S
-from common.queue import Claimed, Entry
-from services.decode import inbound
-from services.decode.core import DecodeCore
-from services.decode.inbound import Inbound
+from common.queue import Entry
 from services.engine.pages import PagePool
-from services.engine.plan import Began, Chunk, Draw, Drawn, Failed, Outcome, Plan, Preempted, Snapshot, StepOutput
+from services.engine.plan import Chunk, Draw, Outcome, Plan, Snapshot, StepOutput
 from services.engine.policies import Limits
 from services.engine.scheduler import Scheduler
-from services.prefill import handoffs
-from services.prefill.core import PrefillCore
-from services.prefill.handoffs import Handoffs, Load
-from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent, TransferEvent
+from services.transfer.protocol import TransferEvent
 from services.worker.outbox import Outbox
 from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
-from tests.unit.recovery.carrier import SHARD, Carrier
+from tests.unit.recovery.carrier import Carrier
 from tests.unit.recovery.fabric import PAGE_TOKENS, Process, kv_next, kv_root, next_token
 
 if TYPE_CHECKING:
@@ -56,11 +45,25 @@ DRAIN_S = 5.0
 SWEEP_S, ORPHAN_S = 10.0, 30.0
 
 
+class Core(Protocol):
+    """What the roles' cores have in common."""
+
+    runs: Runs
+
+    def outcome(self, outcome: Outcome, now: float) -> list[Any]: ...
+
+    def cancel(self, key: Key, now: float) -> list[Any]: ...
+
+    def over(self, key: Key) -> list[Any]: ...
+
+    def drain(self, now: float) -> list[Any]: ...
+
+
 class Worker(Process):
     """Engine thread, beats, gateways and outbox: services/worker/{worker,gateways}.py and services/engine/engine.py."""
 
     role: Role
-    core: PrefillCore | DecodeCore | Alone
+    core: Core
 
     def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
         super().__init__(name)
@@ -295,258 +298,3 @@ class Worker(Process):
             "transfer": 0 if self.carrier.quiet else 1,
         }
         return [f"{self.name} {what}: {count}" for what, count in found.items() if count]
-
-
-class Claimant(Worker):
-    """services/worker/claims.py: one job at a time, only while there is room for it."""
-
-    def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
-        super().__init__(world, name, pages, depth)
-        self._claiming = False
-        for every, what in ((0.25, self.woken), (SWEEP_S, self.sweep)):
-            self._forever(every, what)
-
-    def _forever(self, every: float, what: Callable[[], None]) -> None:
-        def again() -> None:
-            what()
-            self._forever(every, what)
-
-        self.world.clock.after(every, lambda: self.deliver("claims", again))
-
-    def woken(self) -> None:
-        """Claim if there is room; the reply may be lost, and the entry is then pending here for ever."""
-        if self._claiming or self.draining or self.wanted() <= 0 or self.world.queue.away:
-            return
-        claimed = self.world.queue.claim(self.name)
-        if claimed is None or self.world.rng.random() < self.world.weather.claim_loss:
-            return
-        self._claiming = True
-        self.world.clock.after(self.world.wires.latency(), lambda: self.deliver("redis", lambda: self._claimed(claimed)))
-
-    def wanted(self) -> int:
-        snapshot = self.snapshot
-        return 0 if self.runs.unbegun or snapshot.pool.free == 0 else BUDGET_TOKENS - snapshot.unplanned_tokens
-
-    def _claimed(self, claimed: Claimed) -> None:
-        self._claiming = False
-        if self.draining:
-            return
-        self.meet(claimed.job.gateway)
-        self.do([*self.claimed(claimed.entry, claimed.job)])
-
-    def claimed(self, entry: Entry, job: Job) -> Iterable[Any]:
-        raise NotImplementedError
-
-    def sweep(self) -> None:
-        """Delivered entries of dead gateways; and those for which nobody waits any more: a copy of a job (doubled, replayed) whose holder
-        died is known to no gateway."""
-        for entry, state, job in self.world.queue.pending():
-            if (state.idle_s > ORPHAN_S and job.gateway not in self.gateways.alive) or state.idle_s > job.deadline_s:
-                self.world.queue.remove(entry)
-
-
-class Colocated(Claimant):
-    """services/colocated/worker.py: no handoff, only runs."""
-
-    role: Role = "colocated"
-
-    def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
-        super().__init__(world, name, pages, depth)
-        self.core = Alone(Runs(self.outbox, world.max_request_tokens, parks=False))
-
-    def claimed(self, entry: Entry, job: Job) -> Iterable[Any]:
-        return self.runs.claimed(entry, job, self.world.now)
-
-    def introduced(self, name: str, role: Role) -> None:
-        pass
-
-    def tick(self, now: float) -> list[Any]:
-        return []
-
-
-class Alone:
-    """What the colocated worker does between its hooks and its runs."""
-
-    def __init__(self, runs: Runs) -> None:
-        self.runs = runs
-
-    def outcome(self, outcome: Outcome, now: float) -> list[Any]:
-        match outcome:
-            case Began():
-                self.runs.began(outcome, now)
-            case Drawn():
-                self.runs.drawn(outcome, now)
-            case Preempted() | Failed():
-                self.runs.ended(outcome)
-        return []
-
-    def cancel(self, key: Key, now: float) -> list[Any]:
-        return [*self.runs.cancel(key)]
-
-    def over(self, key: Key) -> list[Any]:
-        return [*self.runs.over(key)]
-
-    def drain(self, now: float) -> list[Any]:
-        return [*self.runs.drain()]
-
-
-class Prefill(Claimant):
-    """services/prefill/{worker,peers}.py."""
-
-    role: Role = "prefill"
-
-    def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
-        super().__init__(world, name, pages, depth)
-        self.core: PrefillCore = PrefillCore(
-            self.outbox, Handoffs(PAGE_TOKENS, world.rng), fingerprint=FINGERPRINT, page_tokens=PAGE_TOKENS,
-            max_request_tokens=world.max_request_tokens,
-        )  # fmt: skip
-        self.decodes = Liveness()
-        self.links: dict[str, int] = {}
-        self.beats: dict[str, WorkerBeat] = {}
-
-    def wanted(self) -> int:
-        """While a launch is under way and nothing is left to plan behind it, an idle prefill elsewhere is the better place."""
-        return 0 if self.snapshot.in_flight and not self.snapshot.unplanned_tokens else super().wanted()
-
-    def claimed(self, entry: Entry, job: Job) -> Iterable[Any]:
-        return self.core.claimed(entry, job, self.world.now)
-
-    def introduced(self, name: str, role: Role) -> None:
-        if role == "decode" and name not in self.links:
-            self.links[name] = 0
-            self._beat_to(name)
-
-    def _beat_to(self, peer: str) -> None:
-        pursued = self.core.handoffs.pursued(peer)
-        self.send(peer, PeerBeat(self._sequence, self.links[peer], FLEET, FINGERPRINT, LAYOUT, [SHARD], pursued))
-
-    def peer_letter(self, letter: Letter) -> None:
-        now = self.world.now
-        if isinstance(letter.body, WorkerBeat):
-            beat = letter.body
-            self.decodes.beat(letter.sender, beat.step, beat.busy, beat.longest_step_s, now)
-            self.beats[letter.sender] = beat
-        else:
-            self.do(self.core.letter(letter.sender, letter.body, now))  # type: ignore[arg-type]
-
-    def tick(self, now: float) -> list[Any]:
-        actions: list[Any] = []
-        for peer, _ in self.decodes.dead(now):
-            self.decodes.forget(peer)
-            self.beats.pop(peer, None)
-            actions += self.core.peer_dead(peer, now)
-        for peer in sorted(self.links):
-            self._beat_to(peer)
-        loads = {
-            peer: Load(beat.running + beat.waiting, beat.free_pages)
-            for peer, beat in self.beats.items()
-            if peer in self.decodes.alive and not beat.draining
-        }
-        self.core.handoffs.decodes(loads)
-        return actions + self.core.tick(now)
-
-    def perform(self, action: Any) -> None:
-        match action:
-            case handoffs.Send(to, body):
-                self.send(to, body)
-            case handoffs.Push():
-                self.carrier.push(action.to, action.rank, action.handoff, action.grant, action.pages, action.indices)
-            case handoffs.FinishPush(number, grant):
-                self.carrier.finish_push(number, grant)
-            case handoffs.Flush():
-                self.carrier.flush(action.to, action.rank, action.handoff, action.grant, action.indices)
-            case handoffs.ResetLink(peer):
-                self.carrier.close_peer(peer)
-                self.links[peer] = self.links.get(peer, 0) + 1
-                self._beat_to(peer)
-            case _:
-                raise AssertionError(action)
-
-    def transferred(self, event: TransferEvent) -> None:
-        match event:
-            case Sent():
-                self.do(self.core.sent(event, self.world.now))
-            case PushFailed():
-                self.do(self.core.push_failed(event, self.world.now))
-            case _:
-                raise AssertionError(event)
-
-    def leftovers(self) -> list[str]:
-        ways = self.core.handoffs
-        state = len(ways) + len(ways._by_number) + len(ways._withdrawing)
-        return super().leftovers() + ([f"{self.name} handoffs: {state}"] if state else [])
-
-
-class Decode(Worker):
-    """services/decode/worker.py."""
-
-    role: Role = "decode"
-
-    def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
-        super().__init__(world, name, pages, depth)
-        self.core: DecodeCore = DecodeCore(
-            self.outbox, Inbound(PAGE_TOKENS, world.max_request_tokens), max_request_tokens=world.max_request_tokens
-        )
-        self.prefills = Liveness()
-
-    def introduced(self, name: str, role: Role) -> None:
-        pass
-
-    def peer_letter(self, letter: Letter) -> None:
-        body, now = letter.body, self.world.now
-        assert isinstance(body, PeerBeat | Offer | Pushed | Withdraw), body
-        if isinstance(body, PeerBeat):
-            self.prefills.heard(letter.sender, now)
-        if isinstance(body, Offer):
-            self.meet(body.job.gateway)
-        self.do(self.core.letter(letter.sender, body, now))
-
-    def tick(self, now: float) -> list[Any]:
-        actions: list[Any] = []
-        for peer, _ in self.prefills.dead(now):
-            self.prefills.forget(peer)
-            actions += self.core.peer_dead(peer, now)
-        for peer in sorted(self.prefills.alive):
-            self.send(peer, self.facts())
-        return actions + self.core.tick(now)
-
-    def perform(self, action: Any) -> None:
-        match action:
-            case inbound.Send(to, body):
-                self.send(to, body)
-            case inbound.Reserve(handoff, sequence):
-                self.post(self.scheduler.reserve, handoff, sequence)
-            case inbound.Lapse(handoff):
-                self.post(self.scheduler.lapse, handoff)
-            case inbound.Land(handoff):
-                self.post(self.scheduler.landed, handoff)
-            case inbound.Expect(handoff, grant, pages, indices):
-                for page in pages:
-                    self.owner[page] = grant
-                self.carrier.expect(handoff[0], grant, pages, indices)
-            case inbound.Abandon(grant, told):
-                self.carrier.abandon(grant, told=told)
-            case inbound.ClosePeer(peer):
-                self.carrier.close_peer(peer)
-            case inbound.Commit(handoff, offer, token, _):
-                self.meet(offer.job.gateway)  # it may have died since the offer: expect its beats anew, or nobody would ever cancel
-                self.post(self.scheduler.admit, handoff, token)
-            case _:
-                raise AssertionError(action)
-
-    def transferred(self, event: TransferEvent) -> None:
-        match event:
-            case Posted():
-                self.do(self.core.posted(event, self.world.now))
-            case Arrived():
-                self.do(self.core.arrived(event, self.world.now))
-            case Landed():
-                self.do(self.core.landed(event, self.world.now))
-            case _:
-                raise AssertionError(event)
-
-    def leftovers(self) -> list[str]:
-        way = self.core.inbound
-        state = len(way._arrivals) + len(way._by_grant)
-        return super().leftovers() + ([f"{self.name} arrivals: {state}"] if state else [])

@@ -1,0 +1,200 @@
+"""From a request's body to its answer: understood, submitted, and said whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from common.errors import RequestError
+from common.logs import get_logger
+from gateway.ask import Desk
+from gateway.bodies import read_body
+from gateway.metrics import Metrics
+from gateway.parameters import Limits, Wish, parse
+from gateway.prompts import Model
+from gateway.replies import Form, error_body, timeline_body
+from gateway.speech import Broken, Piece, Speech
+from gateway.sse import DONE, KEEP_ALIVE_S, EventStream, event, gone
+
+log = get_logger(__name__)
+
+THREAD_BYTES = 8192
+"""Bodies larger than this are parsed and tokenised on a thread, so that no stream waits for them."""
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a client may cost."""
+
+    max_body_bytes: int
+    body_s: float
+    """A body must be complete this long after its head."""
+    deadline_s: float
+    write_s: float
+    """A stream whose client takes nothing for this long ends."""
+
+
+class Answers:
+    """Answers requests by asking the desk."""
+
+    def __init__(self, desk: Desk, model: Model, bounds: Bounds, metrics: Metrics) -> None:
+        self._desk = desk
+        self._model = model
+        self._bounds = bounds
+        self._metrics = metrics
+
+    async def answer(self, request: Request, *, chat: bool) -> Response:
+        """Raises RequestError for everything that is known before the first byte of the answer."""
+        try:
+            body = await read_body(request, self._bounds.max_body_bytes, self._bounds.body_s)
+            wish = await self._wish(body, chat=chat)
+            answer = self._desk.submit(wish.ask)
+        except RequestError as error:
+            self._metrics.refused(outcome(error))
+            raise
+        said = _Said(Speech(answer, wish, self._model), self._metrics)
+        form = Form(("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), chat, self._model, wish.ask.sampling.logprobs)
+        if wish.stream:
+            return await self._streamed(request, said, wish, form)
+        return await self._whole(request, said, wish, form)
+
+    async def _wish(self, body: bytes, *, chat: bool) -> Wish:
+        identity = self._desk.identity
+        context = self._model.context_tokens
+        if identity is not None:
+            context = min(context, identity.context_tokens, identity.max_request_pages * identity.page_tokens)
+        limits = Limits(context, self._bounds.deadline_s)
+        if len(body) > THREAD_BYTES:
+            return await asyncio.to_thread(parse, body, self._model, limits, chat=chat)
+        return parse(body, self._model, limits, chat=chat)
+
+    async def _whole(self, request: Request, said: _Said, wish: Wish, form: Form) -> Response:
+        async def collect() -> list[Piece]:
+            async with aclosing(said.pieces()) as pieces:
+                return [piece async for piece in pieces]
+
+        try:
+            collecting = await _unless_gone(request, collect())
+            body = form.whole(collecting.result(), said.speech.usage)
+        finally:
+            said.close()
+        if wish.timeline:
+            body["baton"] = timeline_body(said.speech.timeline)
+        return JSONResponse(body)
+
+    async def _streamed(self, request: Request, said: _Said, wish: Wish, form: Form) -> Response:
+        """What fails before the first piece has its proper status, unless that piece is so long in coming that the client must be told that
+        it is heard."""
+        pieces = said.pieces()
+        try:
+            first = await _unless_gone(request, _next(pieces), timeout_s=KEEP_ALIVE_S)
+            if first.done():
+                first.result()
+        except BaseException:
+            said.close()
+            raise
+
+        def close() -> None:
+            first.cancel()
+            said.close()
+
+        return EventStream(_events(said, first, pieces, wish, form), write_s=self._bounds.write_s, close=close)
+
+
+class _Said:
+    """An answer being said: counted once, however it ends, and cancelled with its end."""
+
+    def __init__(self, speech: Speech, metrics: Metrics) -> None:
+        self.speech = speech
+        self._metrics = metrics
+        self._outcome = "cancelled"
+        self._closed = False
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """Raises the RequestError with which the answer failed; what is not one is logged and becomes a 500."""
+        try:
+            async with aclosing(self.speech.pieces()) as pieces:
+                async for piece in pieces:
+                    if piece.finish is not None:
+                        self._outcome = piece.finish
+                    yield piece
+        except RequestError as error:
+            self._outcome = outcome(error)
+            raise
+        except Exception as error:
+            log.exception("an answer failed unexpectedly", error)
+            self._outcome = Broken.type
+            raise Broken("the server failed on this request") from error
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.speech.cancel()
+        usage = self.speech.usage
+        self._metrics.ended(self._outcome, self.speech.timeline, usage.prompt_tokens, usage.completion_tokens)
+
+
+def outcome(error: RequestError) -> str:
+    """How metrics call an error."""
+    return error.code or error.type
+
+
+async def _events(
+    said: _Said, first: asyncio.Task[Piece], pieces: AsyncGenerator[Piece, None], wish: Wish, form: Form
+) -> AsyncGenerator[str, None]:
+    """The stream's events. An error after its start is an event, too, and the last one."""
+    try:
+        if (opening := form.opening()) is not None:
+            yield event(opening)
+        piece = await first
+        while True:
+            chunk = form.chunk(piece)
+            if piece.finish is not None and wish.timeline:
+                chunk["baton"] = timeline_body(said.speech.timeline)
+            if wish.include_usage:
+                chunk["usage"] = None
+            yield event(chunk)
+            if piece.finish is not None:
+                break
+            piece = await anext(pieces)
+        if wish.include_usage:
+            yield event(form.last(said.speech.usage))
+        yield DONE
+    except RequestError as error:
+        yield event(error_body(error))
+    finally:
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        await pieces.aclose()
+
+
+async def _next(pieces: AsyncGenerator[Piece, None]) -> Piece:
+    return await anext(pieces)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, R], *, timeout_s: float | None = None) -> asyncio.Task[R]:
+    """The work, done, or still going on after the timeout. If the client leaves before, it is cancelled: raises ClientDisconnect."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(gone(request.receive))
+    keep = False
+    try:
+        done, _ = await asyncio.wait({working, leaving}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if leaving in done and working not in done:
+            raise ClientDisconnect
+        keep = True
+        return working
+    finally:
+        ending = [leaving] if keep else [leaving, working]
+        for task in ending:
+            task.cancel()
+        await asyncio.gather(*ending, return_exceptions=True)
