@@ -14,7 +14,7 @@ import zmq
 from common.errors import MessageError
 from common.logs import get_logger
 from common.messages import Incarnation, Letter, ToPeer, ToWorker, decode, encode
-from common.pump import Pump, new_socket
+from common.pump import Pump, bind, new_socket
 
 log = get_logger(__name__)
 
@@ -30,14 +30,14 @@ class ControlServer:
         self._on_letter = on_letter
         socket = new_socket(zmq.ROUTER, HIGH_WATER, MAX_LETTER_BYTES)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        port = socket.bind_to_random_port(f"tcp://{host}")
-        self.address = f"tcp://{host}:{port}"
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self.address = bind(socket, host)
         self.unopened = 0
         """Letters that were not for this incarnation, or not what they should be."""
         self._pump = Pump(socket, self._received)
 
     def send(self, to: Incarnation, body: ToPeer) -> bool:
-        """False if it could not be queued. An unknown peer loses the letter, as a wire may: requests are repeated until answered."""
+        """False if it could not be queued: the peer is not connected or its queue is full. True is no receipt."""
         return self._pump.send([to.encode(), encode(Letter(self._incarnation, to, body))])
 
     def close(self) -> None:
@@ -70,7 +70,12 @@ class ControlClient:
             return
         socket = new_socket(zmq.DEALER, HIGH_WATER, MAX_LETTER_BYTES)
         socket.setsockopt(zmq.ROUTING_ID, self._incarnation.encode())
-        socket.connect(address)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            socket.close(0)
+            log.warning("a peer's address cannot be used", peer=peer, address=address, reason=error)
+            return
         self._pumps[peer] = Pump(socket, partial(self._received, peer))
 
     def disconnect(self, peer: Incarnation) -> None:

@@ -34,7 +34,10 @@ class Fleet:
         """Take the fleet's identity, or give it ours if it has none. Raises StartError, in words, if this worker does not fit."""
         key = names.identity(self._name)
         await mapped(self._redis.set(key, encode(own), nx=True, ex=names.INTRODUCTION_TTL_S))
-        found = await self.identity()
+        try:
+            found = await self.identity()
+        except MessageError as error:
+            raise StartError(f"the identity of fleet {self._name!r} cannot be read, another version wrote it: {error}") from error
         if found is None:
             raise StartError(f"the identity of fleet {self._name!r} cannot be kept in Redis")
         problem = misfit(found, own)
@@ -47,38 +50,46 @@ class Fleet:
         return None if data is None else decode(data, Identity)
 
     async def introduce(self, introduction: Introduction) -> None:
-        key = names.introduction(self._name, introduction.incarnation)
-        await mapped(self._redis.set(key, encode(introduction), ex=names.INTRODUCTION_TTL_S))
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.set(names.introduction(self._name, introduction.incarnation), encode(introduction), ex=names.INTRODUCTION_TTL_S)
+        pipe.sadd(names.members(self._name), introduction.incarnation)
+        pipe.expire(names.members(self._name), names.INTRODUCTION_TTL_S)
+        await mapped(pipe.execute())
 
     async def peers(self) -> dict[Incarnation, Introduction]:
+        """Introductions that have not lapsed. Names without one are dropped: who still lives adds itself again within a beat."""
+
         async def look() -> dict[Incarnation, Introduction]:
-            keys = [key async for key in self._redis.scan_iter(match=names.introductions(self._name), count=1000)]
-            members = {}
-            for data in await self._redis.mget(keys) if keys else []:
-                try:
-                    member = decode(data, Introduction) if data is not None else None
-                except MessageError as error:
-                    log.warning("an unreadable introduction", reason=error)
-                    continue
-                if member is not None:
-                    members[member.incarnation] = member
-            return members
+            found = sorted(name.decode() for name in await self._redis.smembers(names.members(self._name)))
+            keys = [names.introduction(self._name, name) for name in found]
+            written = dict(zip(found, await self._redis.mget(keys) if keys else [], strict=True))
+            gone = [name for name, data in written.items() if data is None]
+            if gone:
+                await self._redis.srem(names.members(self._name), *gone)
+            return {name: member for name, data in written.items() if (member := _introduction(name, data)) is not None}
 
         return await mapped(look())
 
     async def leave(self, incarnation: Incarnation) -> None:
-        await mapped(self._redis.delete(names.introduction(self._name, incarnation)))
+        """Raises QueueError if Redis is away; the introduction then lapses by itself."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.delete(names.introduction(self._name, incarnation))
+        pipe.srem(names.members(self._name), incarnation)
+        await mapped(pipe.execute())
 
     async def keep(self, own: Introduction, identity: Identity | None, on_peers: OnPeers) -> None:
         """Stay introduced, keep the identity alive, and report members whenever something changed. Until cancelled."""
         known: tuple[dict[Incarnation, Introduction], Identity | None] | None = None
         away = False
+        stranger: Identity | None = None
         while True:
             try:
                 await self.introduce(own)
-                if identity is not None:
-                    await mapped(self._redis.set(names.identity(self._name), encode(identity), ex=names.INTRODUCTION_TTL_S))
-                seen = (await self.peers(), identity or await self.identity())
+                found = await self._keep_identity(identity)
+                if identity is not None and found != identity and found != stranger:
+                    log.error("the fleet has got another identity: start it under a name of its own", fleet=self._name, identity=found)
+                stranger = found
+                seen = (await self.peers(), identity or found)
                 away = False
             except (QueueError, MessageError) as error:
                 if not away:
@@ -89,6 +100,24 @@ class Fleet:
                     known = seen
                     on_peers(*seen)
             await asyncio.sleep(names.BEAT_S)
+
+    async def _keep_identity(self, identity: Identity | None) -> Identity | None:
+        """The fleet's identity; ours if it had none, kept alive while it is ours. Two that differ never overwrite each other."""
+        key = names.identity(self._name)
+        if identity is not None:
+            await mapped(self._redis.set(key, encode(identity), nx=True, ex=names.INTRODUCTION_TTL_S))
+        found = await self.identity()
+        if found is not None and found == identity:
+            await mapped(self._redis.expire(key, names.INTRODUCTION_TTL_S))
+        return found
+
+
+def _introduction(name: str, data: bytes | None) -> Introduction | None:
+    try:
+        return None if data is None else decode(data, Introduction)
+    except MessageError as error:
+        log.warning("an unreadable introduction", peer=name, reason=error)
+        return None
 
 
 def misfit(fleet: Identity, own: Identity) -> str | None:

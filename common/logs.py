@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from typing import Any
@@ -44,7 +45,7 @@ def get_logger(name: str) -> Logger:
 
 class _Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        facts = "".join(f" {key}={value}" for key, value in getattr(record, "facts", {}).items())
+        facts = "".join(f" {key}={_plain(value)}" for key, value in getattr(record, "facts", {}).items())
         stamp = time.strftime("%H:%M:%S", time.localtime(record.created))
         line = f"{stamp}.{int(record.msecs):03d} {record.levelname.lower():7} {_name} {record.getMessage()}{facts}"
         return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
@@ -53,15 +54,27 @@ class _Text(logging.Formatter):
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
+            **{key: _json(value) for key, value in getattr(record, "facts", {}).items()},
             "time": record.created,
             "level": record.levelname.lower(),
             "process": _name,
             "event": record.getMessage(),
-            **{key: str(value) for key, value in getattr(record, "facts", {}).items()},
         }
         if record.exc_info is not None:
             line["traceback"] = self.formatException(record.exc_info)
         return json.dumps(line)
+
+
+def _plain(value: object) -> str:
+    """A fact on one line."""
+    return str(value).replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _json(value: object) -> object:
+    """Finite numbers stay numbers; JSON has no others."""
+    if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
 
 
 def set_up(name: str, level: str = "info", style: str = "text") -> None:

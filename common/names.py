@@ -40,9 +40,9 @@ def introduction(fleet: str, name: str) -> str:
     return f"baton:{fleet}:peer:{name}"
 
 
-def introductions(fleet: str) -> str:
-    """Pattern that matches every introduction of the fleet."""
-    return f"baton:{fleet}:peer:*"
+def members(fleet: str) -> str:
+    """Set of the incarnations that may have an introduction: so that nobody has to scan a Redis that others use too."""
+    return f"baton:{fleet}:members"
 
 
 def alone(fleet: str) -> str:

@@ -7,9 +7,15 @@ after every send.
 from __future__ import annotations
 
 import asyncio
+import socket as sockets
 from collections.abc import Callable
 
 import zmq
+
+from common.errors import StartError
+
+BURST = 1000
+"""Messages handled before the loop gets a turn for others."""
 
 
 class Pump:
@@ -21,8 +27,9 @@ class Pump:
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self.drain)
-        self._loop.call_soon(self.drain)
         self._draining = False
+        self._scheduled = False
+        self._drain_soon()
 
     def send(self, frames: list[bytes]) -> bool:
         """False if the message could not be queued at once."""
@@ -33,23 +40,36 @@ class Pump:
         except zmq.ZMQError:
             return False
         finally:
-            self._loop.call_soon(self.drain)
+            self._drain_soon()
         return True
 
     def drain(self) -> None:
-        """Receive all there is. A handler that sends does not nest."""
+        """Receive all there is. A handler that sends does not nest; after one that raised, the rest is still received."""
+        self._scheduled = False
         if self._draining:
             return
         self._draining = True
+        empty = False
         try:
-            while not self._socket.closed:
+            for _ in range(BURST):
+                if self._socket.closed:
+                    empty = True
+                    return
                 try:
                     frames = self._socket.recv_multipart(zmq.NOBLOCK)
                 except zmq.Again:
+                    empty = True
                     return
                 self._on_frames(frames)
         finally:
             self._draining = False
+            if not empty:
+                self._drain_soon()
+
+    def _drain_soon(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self.drain)
 
     def close(self) -> None:
         if not self._socket.closed:
@@ -66,3 +86,15 @@ def new_socket(kind: int, high_water: int, most_bytes: int) -> zmq.Socket[bytes]
     socket.setsockopt(zmq.MAXMSGSIZE, most_bytes)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     return socket
+
+
+def bind(socket: zmq.Socket[bytes], host: str) -> str:
+    """Bind to a free port of `host` (an address or a name of this machine) and give the address to announce. Raises StartError."""
+    try:
+        address = sockets.gethostbyname(host)
+        if address == "0.0.0.0":
+            raise OSError("others could not reach it: it must be one address of this machine")
+        return f"tcp://{address}:{socket.bind_to_random_port(f'tcp://{address}')}"
+    except (OSError, zmq.ZMQError) as error:
+        socket.close(0)
+        raise StartError(f"host {host!r} cannot be used: {error}") from error

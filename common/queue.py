@@ -17,7 +17,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from common import names
-from common.errors import MessageError, QueueError
+from common.errors import MessageError, QueueError, SettingError
 from common.logs import get_logger
 from common.messages import Incarnation, Job, decode, encode
 
@@ -25,12 +25,17 @@ log = get_logger(__name__)
 
 CONNECT_S = 2.0
 ANSWER_S = 5.0
-"""Redis answers within this long, or it counts as away. Blocking reads must be shorter."""
+"""Redis answers within this long, or it counts as away."""
+LONGEST_WAIT_S = ANSWER_S / 2
+"""Blocking reads end well before."""
 MAX_JOB_BYTES = 16 << 20
 DEAD_LETTERS = 1000
 """The dead-letter stream keeps about this many."""
 ALONE_S = 60
 """A request that runs alone keeps others from doing so for at most this long."""
+
+GROUPS_GONE = ("NOGROUP", "no such key")
+"""How Redis says that it has been restarted empty."""
 
 _T = TypeVar("_T")
 
@@ -56,7 +61,7 @@ class Absent:
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """In the stream, delivered to nobody."""
+    """In the stream, delivered to nobody yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +85,7 @@ class Delivered:
 
 
 def connect(url: str) -> Redis:
-    """A client for the queue and the fleet. Raises QueueError on a URL that is none."""
+    """A client for the queue and the fleet. Raises SettingError on a URL that is none (without showing it: it may hold a password)."""
     try:
         return Redis.from_url(
             url,
@@ -91,8 +96,8 @@ def connect(url: str) -> Redis:
             health_check_interval=0,
             decode_responses=False,
         )
-    except ValueError as error:
-        raise QueueError(f"not a Redis URL: {error}") from error
+    except ValueError:
+        raise SettingError("redis_url is no Redis URL; it must be like redis://:password@host:6379/0") from None
 
 
 async def mapped(operation: Awaitable[_T]) -> _T:
@@ -123,37 +128,41 @@ class JobQueue:
         return Entry(job_class, entry.decode())
 
     async def states(self, entries: list[Entry]) -> dict[Entry, EntryState]:
-        """Where these entries stand, in one round trip."""
+        """Where these entries stand, in one round trip.
+
+        One that was delivered, is nobody's and yet in the stream (its acknowledgement came without its deletion, or its consumer
+        was deleted) will never be delivered again, and counts as absent.
+        """
+        classes = sorted({entry.job_class for entry in entries})
 
         async def look() -> dict[Entry, EntryState]:
             pipe = self._redis.pipeline(transaction=False)
+            for job_class in classes:
+                pipe.xinfo_groups(self._streams[job_class])
             for entry in entries:
                 stream = self._streams[entry.job_class]
                 pipe.xrange(stream, min=entry.id, max=entry.id, count=1)
                 pipe.xpending_range(stream, names.GROUP, min=entry.id, max=entry.id, count=1)
             answers = await pipe.execute()
-            return {entry: self._state(*answers[2 * i : 2 * i + 2]) for i, entry in enumerate(entries)}
+            delivered = {job_class: _delivered(groups) for job_class, groups in zip(classes, answers, strict=False)}
+            pairs = zip(answers[len(classes) :: 2], answers[len(classes) + 1 :: 2], strict=True)
+            return {entry: _state(entry, *pair, delivered[entry.job_class]) for entry, pair in zip(entries, pairs, strict=True)}
 
-        return await self._with_groups(look)
-
-    @staticmethod
-    def _state(there: list[Any], pending: list[Any]) -> EntryState:
-        if pending:
-            return Pending(pending[0]["consumer"].decode(), pending[0]["time_since_delivered"] / 1000)
-        return Queued() if there else Absent()
+        return await self._with_groups(look) if entries else {}
 
     async def remove(self, *entries: Entry) -> None:
         """Acknowledge and delete; idempotent."""
 
         async def drop() -> None:
-            pipe = self._redis.pipeline(transaction=False)
+            pipe = self._redis.pipeline(transaction=True)
             for entry in entries:
                 stream = self._streams[entry.job_class]
                 pipe.xack(stream, names.GROUP, entry.id)
                 pipe.xdel(stream, entry.id)
             await pipe.execute()
 
-        await self._with_groups(drop)
+        if entries:
+            await self._with_groups(drop)
 
     async def bury(self, job: Job, reason: str) -> None:
         """Into the dead-letter stream, for people to look at."""
@@ -187,8 +196,9 @@ class JobQueue:
         return None
 
     async def wait(self, consumer: Incarnation, timeout_s: float) -> list[Claimed]:
-        """The next jobs, at most one per class (COUNT counts per stream); [] after `timeout_s`."""
-        return await self._read(consumer, dict.fromkeys(self._classes, ">"), max(1, int(timeout_s * 1000)))
+        """The next jobs, at most one per class (COUNT counts per stream); [] after `timeout_s`, or LONGEST_WAIT_S if that is less."""
+        block_ms = max(1, int(min(timeout_s, LONGEST_WAIT_S) * 1000))
+        return await self._read(consumer, dict.fromkeys(self._classes, ">"), block_ms)
 
     async def _read(self, consumer: Incarnation, streams: dict[str, str], block_ms: int | None) -> list[Claimed]:
         async def read() -> Any:
@@ -212,30 +222,29 @@ class JobQueue:
             return decode(data, Job)
         except MessageError as error:
             log.error("an unreadable job", entry=entry.id, reason=error)
-            await self._bury(data, str(error))
-            await self.remove(entry)
+            try:
+                await self._bury(data, str(error))
+                await self.remove(entry)
+            except QueueError as away:  # it stays pending; what else was read must not be lost for it
+                log.warning("an unreadable job was not buried", entry=entry.id, reason=away)
             return None
 
     async def pending(self, limit: int = 1000) -> list[Delivered]:
-        """Entries delivered and not acknowledged, oldest first, with their jobs."""
+        """Entries delivered and not acknowledged, the oldest `limit` of each class, with their jobs."""
 
         async def look() -> list[Delivered]:
             found = []
             for job_class, stream in self._streams.items():
-                for row in await self._redis.xpending_range(stream, names.GROUP, min="-", max="+", count=limit):
+                rows = await self._redis.xpending_range(stream, names.GROUP, min="-", max="+", count=limit)
+                pipe = self._redis.pipeline(transaction=False)
+                for row in rows:
+                    pipe.xrange(stream, min=row["message_id"], max=row["message_id"], count=1)
+                for row, there in zip(rows, await pipe.execute() if rows else [], strict=True):
                     entry = Entry(job_class, row["message_id"].decode())
-                    state = Pending(row["consumer"].decode(), row["time_since_delivered"] / 1000)
-                    found.append(Delivered(entry, state, await self._peek(entry)))
+                    found.append(Delivered(entry, _pending(row), _job(there)))
             return found
 
         return await self._with_groups(look)
-
-    async def _peek(self, entry: Entry) -> Job | None:
-        rows = await self._redis.xrange(self._streams[entry.job_class], min=entry.id, max=entry.id, count=1)
-        try:
-            return decode(rows[0][1].get(b"job", b""), Job) if rows else None
-        except MessageError:
-            return None
 
     async def forget(self, consumer: Incarnation) -> None:
         """Remove a consumer that has nothing pending, so that names do not pile up."""
@@ -247,32 +256,54 @@ class JobQueue:
 
         await self._with_groups(drop)
 
+    async def forget_idle(self, idle_s: float) -> int:
+        """Forget every consumer that has nothing pending and has asked for nothing this long; says how many."""
+
+        async def look() -> set[str]:
+            found: dict[str, bool] = {}
+            for stream in self._classes:
+                for row in await self._redis.xinfo_consumers(stream, names.GROUP):
+                    idle = row["pending"] == 0 and row["idle"] >= idle_s * 1000
+                    found[row["name"].decode()] = found.get(row["name"].decode(), True) and idle
+            return {name for name, idle in found.items() if idle}
+
+        consumers = await self._with_groups(look)
+        for consumer in consumers:
+            await self.forget(consumer)
+        return len(consumers)
+
     # ---------------------------------------------------------------------------------------------------------- anyone
 
     async def depth(self) -> int:
         """Entries nobody has claimed yet."""
 
         async def count() -> int:
-            total = 0
+            pipe = self._redis.pipeline(transaction=False)
             for stream in self._classes:
-                length = await self._redis.xlen(stream)
-                total += length - (await self._redis.xpending(stream, names.GROUP))["pending"] if length else 0
-            return max(0, total)
+                pipe.xlen(stream)
+                pipe.xpending(stream, names.GROUP)
+            answers = await pipe.execute()
+            return sum(max(0, length - pending["pending"]) for length, pending in zip(answers[::2], answers[1::2], strict=True))
 
         return await self._with_groups(count)
 
     async def oldest_s(self) -> float:
-        """Age of the oldest entry in any stream, by Redis' own clock; 0 when empty."""
-        oldest: float | None = None
-        for stream in self._classes:
-            rows = await mapped(self._redis.xrange(stream, count=1))
-            if rows:
-                stamp = int(rows[0][0].split(b"-")[0]) / 1000
-                oldest = stamp if oldest is None else min(oldest, stamp)
-        if oldest is None:
-            return 0.0
-        seconds, micros = await mapped(self._redis.time())
-        return max(0.0, float(seconds) + float(micros) / 1e6 - oldest)
+        """Age of the oldest entry that nobody has claimed yet, by Redis' own clock; 0 if there is none."""
+
+        async def look() -> float:
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.time()
+            for stream in self._classes:
+                pipe.xinfo_groups(stream)
+            (seconds, micros), *groups = await pipe.execute()
+            oldest = now = float(seconds) + float(micros) / 1e6
+            for stream, found in zip(self._classes, groups, strict=True):
+                milliseconds, number = _delivered(found)
+                rows = await self._redis.xrange(stream, min=f"({milliseconds}-{number}", count=1)
+                oldest = min(oldest, _stamp(rows[0][0])[0] / 1000) if rows else oldest
+            return now - oldest
+
+        return await self._with_groups(look)
 
     async def _bury(self, data: bytes, reason: str) -> None:
         fields = {b"job": data, b"reason": reason.encode(), b"at": str(time.time()).encode()}
@@ -283,7 +314,7 @@ class JobQueue:
         try:
             return await operation()
         except ResponseError as error:
-            if not str(error).startswith("NOGROUP"):
+            if not any(words in str(error) for words in GROUPS_GONE):  # within a pipeline other words stand before them
                 raise QueueError(str(error)) from error
         except (RedisError, OSError, TimeoutError) as error:
             raise QueueError(f"{type(error).__name__}: {error}") from error
@@ -296,6 +327,37 @@ class JobQueue:
             except (RedisError, OSError, TimeoutError) as error:
                 raise QueueError(f"{type(error).__name__}: {error}") from error
         return await mapped(operation())
+
+
+def _stamp(entry_id: bytes | str) -> tuple[int, int]:
+    """An entry's id as (milliseconds, number), which compares as Redis does."""
+    milliseconds, _, number = (entry_id.decode() if isinstance(entry_id, bytes) else entry_id).partition("-")
+    return int(milliseconds), int(number)
+
+
+def _delivered(groups: list[Any]) -> tuple[int, int]:
+    """The last entry that was delivered to anybody, out of XINFO GROUPS."""
+    ours = [group["last-delivered-id"] for group in groups if group["name"] == names.GROUP.encode()]
+    if not ours:
+        raise ResponseError("NOGROUP")
+    return _stamp(ours[0])
+
+
+def _state(entry: Entry, there: list[Any], pending: list[Any], delivered: tuple[int, int]) -> EntryState:
+    if pending:
+        return _pending(pending[0])
+    return Queued() if there and _stamp(entry.id) > delivered else Absent()
+
+
+def _pending(row: Any) -> Pending:
+    return Pending(row["consumer"].decode(), row["time_since_delivered"] / 1000)
+
+
+def _job(there: list[Any]) -> Job | None:
+    try:
+        return decode(there[0][1].get(b"job", b""), Job) if there else None
+    except MessageError:
+        return None
 
 
 def _flat(messages: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:

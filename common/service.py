@@ -6,14 +6,16 @@ Exit status: 0 after a drain, 1 when it could not start, join or go on (one line
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import signal
 import sys
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from common import logs, names
 from common.errors import BatonError, SettingError
@@ -42,11 +44,16 @@ class Service:
 
     def ready(self, **facts: object) -> None:
         """The process serves from now on; `facts` (addresses, ports) go into the ready file."""
-        log.info("ready", **facts)
         if self._ready_file is not None:
-            partial = self._ready_file.with_suffix(".partial")
-            partial.write_text(json.dumps({"pid": os.getpid(), "role": self.role, "incarnation": self.incarnation, **facts}, default=str))
-            partial.replace(self._ready_file)
+            unfinished = self._ready_file.with_name(self._ready_file.name + ".partial")
+            try:
+                unfinished.write_text(
+                    json.dumps({"pid": os.getpid(), "role": self.role, "incarnation": self.incarnation, **facts}, default=str)
+                )
+                unfinished.replace(self._ready_file)
+            except OSError as error:
+                raise SettingError(f"ready_file is {str(self._ready_file)!r}; it cannot be written: {error.strerror}") from error
+        log.info("ready", **facts)
 
     def stop(self) -> None:
         self.stopping.set()
@@ -56,7 +63,8 @@ class Service:
         self.error = self.error or error
         self.stopping.set()
 
-    def over(self) -> None:
+    def unready(self) -> None:
+        """Before the start (a killed predecessor may have left its file) and at the end."""
         if self._ready_file is not None:
             self._ready_file.unlink(missing_ok=True)
 
@@ -67,7 +75,7 @@ def run(main: Callable[[S, Service], Awaitable[None]], kind: type[S], role: Role
     try:
         settings = load(kind, [word for word in words if word != "--check"], os.environ)
     except SettingError as error:
-        print(f"{role}: {error}", file=sys.stderr)
+        print(f"{role}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if "--check" in words:
         return check(settings)
@@ -96,28 +104,48 @@ async def _live(main: Callable[[S, Service], Awaitable[None]], settings: S, role
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _signalled, service)
+    loop.set_exception_handler(partial(_stray, service))
     try:
+        service.unready()
         await main(settings, service)
     except Exception as error:
         service.fail(error)
     finally:
-        service.over()
+        service.unready()
     return _status(role, service.error)
 
 
+def _stray(service: Service, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """An exception that nobody awaits. In a callback (a socket's or a thread's word) it left the state unknown: the process ends.
+
+    Others, such as a transport's, are only logged.
+    """
+    error = context.get("exception")
+    if isinstance(error, Exception) and "handle" in context and "transport" not in context:
+        service.fail(error)
+    else:
+        loop.default_exception_handler(context)
+
+
 def _status(role: Role, error: BaseException | None) -> int:
-    """The exit status for what ended the process, after saying it."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    match error:
-        case None:
-            return 0
-        case BatonError():
-            print(f"{role}: {error}", file=sys.stderr)
-            return 2 if isinstance(error, SettingError) else 1
-        case _:
-            log.exception("the process cannot go on", error)
-            return 1
+    """The exit status for what ended the process, after saying it in one line, with a traceback if it was unexpected."""
+    if error is None:
+        return 0
+    causes = list(_leaves(error))
+    unexpected = [cause for cause in causes if not isinstance(cause, BatonError)]
+    if unexpected:
+        log.exception("the process cannot go on", unexpected[0] if len(causes) == 1 else error)
+        return 1
+    print(f"{role}: {' '.join(str(causes[0]).split())}", file=sys.stderr)
+    return 2 if isinstance(causes[0], SettingError) else 1
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 def _signalled(service: Service) -> None:
@@ -137,10 +165,12 @@ def check(settings: CommonSettings) -> int:
         os.kill(int(facts["pid"]), 0)
         if "http_port" in facts:
             host = facts.get("http_host", "127.0.0.1")
-            host = "127.0.0.1" if host == "0.0.0.0" else host
-            urllib.request.urlopen(f"http://{host}:{facts['http_port']}/health", timeout=CHECK_S).close()
-    except (OSError, ValueError, KeyError) as error:
-        print(f"not ready: {error}", file=sys.stderr)
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+            url = f"http://{f'[{host}]' if ':' in host else host}:{facts['http_port']}/health"
+            direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            direct.open(url, timeout=CHECK_S).close()
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
+        print(f"not ready: {' '.join(f'{type(error).__name__} {error}'.split())}", file=sys.stderr)
         return 1
     print("ready")
     return 0

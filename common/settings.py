@@ -1,6 +1,6 @@
 """Settings of every process: one definition each, from which the environment variable, the flag and the help text are derived.
 
-`--max-batch 8` and `BATON_MAX_BATCH=8` say the same; the flag wins. A bad value is a SettingError that names the setting, and the
+`--max-batch 8` and `BATON_MAX_BATCH=8` say the same; the flag wins, and an empty variable says nothing. A bad value is a SettingError that names the setting, and the
 process ends with that one line.
 """
 
@@ -19,19 +19,21 @@ PREFIX = "BATON_"
 TESTS = "BATON_TEST_"
 """Variables of the test suite, which are no settings of a process."""
 
+MOST_CORES = 65536
+
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 PolicyName = Literal["prefill_first", "chunked"]
 
 
-def setting(default: Any, help_text: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A setting with its default, its help, and the range a number must lie in."""
-    return field(default=default, metadata={"help": help_text, "low": low, "high": high})
+def setting(default: Any, help_text: str, *, low: float | None = None, high: float | None = None, secret: bool = False) -> Any:
+    """A setting with its default, its help, and the range a number must lie in. A secret one is never printed."""
+    return field(default=default, repr=not secret, metadata={"help": help_text, "low": low, "high": high})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommonSettings:
-    redis_url: str = setting("redis://127.0.0.1:6379/0", "Redis 7 or Valkey 8, or newer")
+    redis_url: str = setting("redis://127.0.0.1:6379/0", "Redis 7 or Valkey 8, or newer", secret=True)
     fleet: str = setting("default", "processes of one fleet serve one model together")
     host: str = setting("127.0.0.1", "address on which internal sockets are bound and announced to the fleet")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe line to log")
@@ -100,7 +102,8 @@ def _words(kind: type[CommonSettings], argv: Sequence[str], environ: Mapping[str
             name = variable.removeprefix(PREFIX).lower()
             if name not in every:
                 raise SettingError(f"{variable}: no such setting{_nearest(name, every, lambda n: PREFIX + n.upper())}")
-            pairs.append((name, text))
+            if text:
+                pairs.append((name, text))
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -168,7 +171,7 @@ def cores(text: str) -> list[int]:
     found: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or not int(first) <= int(last or first) < MOST_CORES:
             raise SettingError(f"cores is {text!r}; it must be like 0 or 0-3 or 0,2")
         found += range(int(first), int(last or first) + 1)
     return found

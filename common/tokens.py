@@ -1,7 +1,8 @@
 """The token socket: gateways bind SUB, each worker connects one XPUB per gateway. Sends never block (protocol rule 6).
 
 An XPUB drops what it sends before the subscription has arrived; so a link counts as open only once that subscription was read, and
-what was said before stays in the outbox until a beat reveals it.
+what was said before stays in the outbox until a beat reveals it. ZMQ_IMMEDIATE ends the queue with its connection: without it a
+connecting XPUB keeps the subscription of a gateway that is gone, and the link would look open for ever.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import zmq
 from common.errors import MessageError
 from common.logs import get_logger
 from common.messages import Event, Incarnation, Parcel, decode, encode
-from common.pump import Pump, new_socket
+from common.pump import Pump, bind, new_socket
 
 log = get_logger(__name__)
 
@@ -30,9 +31,8 @@ class TokenSubscriber:
         self._incarnation = incarnation
         self._on_parcel = on_parcel
         socket = new_socket(zmq.SUB, HIGH_WATER, MAX_PARCEL_BYTES)
-        port = socket.bind_to_random_port(f"tcp://{host}")
         socket.setsockopt(zmq.SUBSCRIBE, incarnation.encode())
-        self.address = f"tcp://{host}:{port}"
+        self.address = bind(socket, host)
         self.dropped = 0
         """Messages that were no parcels for us."""
         self._pump = Pump(socket, self._received)
@@ -63,7 +63,11 @@ class _Link:
         self._on_change = on_change
         socket = new_socket(zmq.XPUB, HIGH_WATER, MAX_PARCEL_BYTES)
         socket.setsockopt(zmq.XPUB_NODROP, 1)
-        socket.connect(address)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError as error:
+            log.warning("a gateway's address cannot be used", gateway=gateway, address=address, reason=error)
         self.pump = Pump(socket, self._subscription)
 
     def _subscription(self, frames: list[bytes]) -> None:

@@ -17,7 +17,7 @@ from common.fleet import Fleet
 from common.logs import get_logger
 from common.messages import PROTOCOL, GatewayBeat, Identity, Incarnation, Introduction, Job, Letter, Mismatch, Parcel, WorkerBeat
 from common.names import BEAT_S
-from common.queue import JobQueue
+from common.queue import Entry, JobQueue
 from common.tokens import TokenSubscriber
 from gateway.ask import Ask, Timeline, Update
 from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
@@ -279,9 +279,18 @@ class LiveDesk:
         try:
             if job.alone and not await self._queue.lock_alone(job.request_id):
                 raise QueueError("another request runs alone")
-            entry = await self._queue.put(job, job_class)
+            entry = await self._put_twice(job, job_class)
         except QueueError as error:
             log.warning("a job was not put", request=job.request_id, attempt=choice.attempt, error=error)
             self._do(self._ledger.put_failed(job.request_id, choice.choice, choice.attempt, time.monotonic()))
         else:
             self._do(self._ledger.put(job.request_id, choice.choice, choice.attempt, entry))
+
+    async def _put_twice(self, job: Job, job_class: str) -> Entry:
+        """A connection that died with an earlier Redis fails once. Should the job stand there twice, the first execution wins (rule 1)."""
+        assert self._queue is not None
+        try:
+            return await self._queue.put(job, job_class)
+        except QueueError:
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
+            return await self._queue.put(job, job_class)

@@ -19,6 +19,8 @@ HEAD_BYTES = 64 << 10
 HEAD_S = 15.0
 """A request's head must be complete this long after the connection or its first byte."""
 KEEP_ALIVE_S = 30
+SEND_BYTES = 128 << 10
+"""The kernel's buffer of a connection: left to itself it grows to megabytes for a client that does not read."""
 PROBE_S = 30
 """A silent connection is probed this often: a peer that vanished without a word is noticed."""
 
@@ -74,11 +76,12 @@ class _Bounded(HttpToolsProtocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        in_body = self._in_body
         super().data_received(data)
         if self.transport.is_closing() or not (self.cycle is None or self.cycle.response_complete):
             return
         self._await_head()
-        self._head_bytes += 0 if self._in_body else len(data)
+        self._head_bytes += 0 if in_body or self._in_body else len(data)
         if self._head_bytes > HEAD_BYTES:
             self._refuse(431, "Request Header Fields Too Large", f"the head of a request may have {HEAD_BYTES} bytes")
 
@@ -122,6 +125,7 @@ def _listen(host: str, port: int, write_s: float) -> socket.socket:
         listening = socket.socket(family, kind, protocol)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(write_s * 1000))
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBE_S)

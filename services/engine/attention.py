@@ -2,48 +2,61 @@
 
 transformers calls `attend` once a layer with the packed `[1, heads, T, head_dim]`; a `Step` in the keyword `baton_step` says which
 tokens are whose. New keys and values go into the pages first; then each prompt chunk attends to its earlier pages and causally to
-itself, and all one-token chunks together attend to their pages. Plain torch on every device: the reference for faster kernels.
+itself, and the one-token chunks attend to their pages in batches. Plain torch on every device: the reference for faster kernels.
+
+Pages are read and written as rows of the pool seen flat. All KV heads of a page's keys are neighbours there, so one `index_select` of
+whole runs brings keys and values in the order the matrix products want. Indexing a layer's strided view costs five times as much
+(bf16, 16 sequences of 528 tokens, one core: 0.2 ms against 1 ms and a copy each for keys and values). Grouped heads are one batched
+product per KV head: `scaled_dot_product_attention` takes four times as long for decode and 1.3 times for prompts on a CPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from services.engine.pool import Pool
+
+BLOCK_ROWS = {"cpu": 64, "cuda": 512}
+"""Query rows of a prompt that are computed at a time: few, so that scores stay in a core's cache; many, where a launch costs more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A prompt chunk: rows `[first, first + tokens)` of the packed input, behind `context` tokens that lie in `pages` already."""
+    """A prompt chunk: rows `[first, first + tokens)` of the packed input, behind `context` tokens that lie in pages already."""
 
     first: int
     tokens: int
     context: int
-    pages: Tensor
-    """int64 `[pages of context + tokens]`."""
+    runs: Tensor | None
+    """int64 `[2, kv_heads, pages]`: see `Pool.runs`; of all its pages up to this chunk's end. None without context."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One-token chunks of about equal length: `count` rows of the packed input from `first` on."""
+
+    first: int
+    count: int
+    runs: Tensor
+    """int64 `[2, count, kv_heads, most pages]`, padded with pages of the same sequence."""
+    mask: Tensor
+    """float32 `[count, 1, 1, most pages * page_tokens]`: 0 at the positions of each, -inf beyond."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One launch as attention sees it. One-token chunks are the rows behind all segments."""
+    """One launch as attention sees it."""
 
     pool: Pool
-    pages: Tensor
-    """int64 `[T]`: the page that takes each token's KV."""
-    offsets: Tensor
-    """int64 `[T]`: its place in that page."""
+    slots: Tensor
+    """int64 `[2, T * kv_heads]`: where the keys and the values of each token go, see `Pool.slots`."""
     segments: tuple[Segment, ...]
-    singles: int
-    """Number of one-token chunks."""
-    table: Tensor
-    """int64 `[singles, most pages]`: their pages, padded with any valid page."""
-    beyond: Tensor
-    """bool `[singles, 1, 1, most pages * page_tokens]`: positions that are not theirs."""
+    batches: tuple[Batch, ...]
 
 
 def attend(
@@ -59,55 +72,54 @@ def attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query `[1, heads, T, head_dim]`, key and value `[1, kv_heads, T, head_dim]` → `[1, T, heads, head_dim]`."""
-    step = baton_step
+    step, layer = baton_step, int(module.layer_idx)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    keys, values = step.pool.layer(module.layer_idx)
-    rows_k, rows_v = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    keys[step.pages, :, step.offsets] = rows_k
-    values[step.pages, :, step.offsets] = rows_v
-    out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])
+    q, k, v = query[0], key[0], value[0]
+    step.pool.write(layer, step.slots, k, v)
+    out = q.new_empty(q.shape[1], q.shape[0], q.shape[2])
     for segment in step.segments:
         rows = slice(segment.first, segment.first + segment.tokens)
-        if segment.context:
-            k, v = _gathered(keys, segment), _gathered(values, segment)
+        if segment.runs is None:
+            keys, values = k[:, rows], v[:, rows]
         else:
-            k, v = key[0, :, rows], value[0, :, rows]
-        out[rows] = prefill(query[0, :, rows], k, v, segment.context, scale).transpose(0, 1)
-    if step.singles:
-        first = query.shape[2] - step.singles
-        out[first:] = decode(query[0, :, first:].transpose(0, 1), keys, values, step.table, step.beyond, scale)
+            keys, values = step.pool.read(layer, segment.runs)[..., : segment.context + segment.tokens, :]
+        out[rows] = prefill(q[:, rows], keys, values, segment.context, scale).transpose(0, 1)
+    for batch in step.batches:
+        rows = slice(batch.first, batch.first + batch.count)
+        keys, values = step.pool.read(layer, batch.runs)
+        out[rows] = decode(q[:, rows].transpose(0, 1), keys, values, batch.mask, scale)
     return out.unsqueeze(0), None
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor, context: int, scale: float) -> Tensor:
-    """q `[heads, T, d]`, k and v `[kv_heads, context + T, d]` → `[heads, T, d]`; row i sees `context + i + 1` positions."""
-    group = q.shape[0] // k.shape[0]
-    k, v = k.repeat_interleave(group, 0), v.repeat_interleave(group, 0)
-    mask = None
-    if context:
-        rows, columns = q.shape[1], k.shape[1]
-        mask = torch.ones(rows, columns, dtype=torch.bool, device=q.device).tril(context)
-    return functional.scaled_dot_product_attention(
-        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=mask, is_causal=mask is None, scale=scale
-    )[0]
+    """q `[heads, T, d]`, k and v `[kv_heads, context + T, d]` → `[heads, T, d]`; row i sees `context + i + 1` positions.
 
-
-def decode(q: Tensor, keys: Tensor, values: Tensor, table: Tensor, beyond: Tensor, scale: float) -> Tensor:
-    """q `[B, heads, d]`, keys and values `[pages, kv_heads, page_tokens, d]`, table `[B, n]` → `[B, heads, d]`.
-
-    Grouped heads are one matrix product per KV head; softmax is in float32.
+    A block of rows at a time, over no more positions than its last row sees; softmax is in float32.
     """
+    heads, tokens, dim = q.shape
+    kv_heads = k.shape[0]
+    out = torch.empty_like(q)
+    block = BLOCK_ROWS[q.device.type]
+    for first in range(0, tokens, block):
+        rows = min(block, tokens - first)
+        seen = context + first + rows
+        grouped = q[:, first : first + rows].reshape(kv_heads, -1, dim)
+        scores = torch.matmul(grouped, k[:, :seen].transpose(1, 2)).float().mul_(scale).view(kv_heads, -1, rows, seen)
+        scores[..., seen - rows :] += _triangle(rows, q.device)
+        weights = scores.softmax(-1).to(q.dtype).view(kv_heads, -1, seen)
+        out[:, first : first + rows] = torch.matmul(weights, v[:, :seen]).view(heads, rows, dim)
+    return out
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """q `[B, heads, d]`, k and v `[B, kv_heads, n, d]`, mask float32 `[B, 1, 1, n]` → `[B, heads, d]`; softmax is in float32."""
     batch, heads, dim = q.shape
-    kv_heads = keys.shape[1]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-    k = keys[table].transpose(1, 2).reshape(batch, kv_heads, -1, dim)
-    scores = torch.matmul(grouped, k.transpose(2, 3)).float().mul_(scale)
-    weights = scores.masked_fill_(beyond, float("-inf")).softmax(-1).to(q.dtype)
-    v = values[table].transpose(1, 2).reshape(batch, kv_heads, -1, dim)
-    return torch.matmul(weights, v).reshape(batch, heads, dim)
+    grouped = q.reshape(batch, k.shape[1], -1, dim)
+    scores = torch.add(mask, torch.matmul(grouped, k.transpose(2, 3)), alpha=scale)
+    return torch.matmul(scores.softmax(-1).to(q.dtype), v).view(batch, heads, dim)
 
 
-def _gathered(cache: Tensor, segment: Segment) -> Tensor:
-    """A segment's keys or values from their pages: `[kv_heads, context + tokens, d]`."""
-    pages = cache[segment.pages]
-    return pages.transpose(0, 1).reshape(cache.shape[1], -1, cache.shape[3])[:, : segment.context + segment.tokens]
+@lru_cache(maxsize=2048)
+def _triangle(rows: int, device: torch.device) -> Tensor:
+    """float32 `[rows, rows]`: -inf above the diagonal, 0 elsewhere."""
+    return torch.full((rows, rows), float("-inf"), device=device).triu(1)

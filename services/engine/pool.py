@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.errors import StartError
@@ -40,6 +41,35 @@ class Pool:
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each `[pages, kv_heads, page_tokens, head_dim]`, strided."""
         return self.tensor[:, layer, 0], self.tensor[:, layer, 1]
+
+    def runs(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Pages `[..., n]` → `[2, ..., kv_heads, n]`: which rows of the pool, seen as rows of `page_tokens * head_dim`, hold the keys and the
+        values of each KV head in layer 0."""
+        heads = self.layout.kv_heads
+        first = pages[..., None, :] * (self.layout.layers * 2 * heads) + np.arange(heads)[:, None]
+        return np.stack((first, first + heads))
+
+    def slots(self, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Pages and places in them, each `[T]` → `[2, T * kv_heads]`: the same for single tokens, with the pool seen as rows of `head_dim`."""
+        return (self.runs(pages[:, None])[..., 0] * self.layout.page_tokens + offsets[:, None]).reshape(2, -1)
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keys and values `[kv_heads, T, head_dim]` of one layer into their slots."""
+        rows = self.tensor.view(-1, self.layout.head_dim)
+        shift = layer * 2 * self.layout.kv_heads * self.layout.page_tokens
+        for places, new in zip(slots + shift, (keys, values), strict=True):
+            rows.index_copy_(0, places, new.transpose(0, 1).reshape(-1, self.layout.head_dim))
+
+    def read(self, layer: int, runs: Tensor) -> Tensor:
+        """Runs `[2, ..., kv_heads, n]` → keys and values of one layer, `[2, ..., kv_heads, n * page_tokens, head_dim]`, a copy."""
+        rows = self.tensor.view(-1, self.layout.page_tokens * self.layout.head_dim)
+        found = rows.index_select(0, (runs + layer * 2 * self.layout.kv_heads).view(-1))
+        return found.view(*runs.shape[:-1], -1, self.layout.head_dim)
+
+    def clear(self, pages: list[int]) -> None:
+        """Zeros into these pages: what a former owner left there, or a broken transfer, might be no number at all."""
+        if pages:
+            self.tensor[pages] = 0
 
 
 def _lazy_zeros(size: int) -> Tensor:

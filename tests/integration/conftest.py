@@ -36,12 +36,12 @@ def assert_conserved(cluster: Cluster) -> None:
     """Everything is free once the work is done: no page held or in transit, nothing kept for anybody."""
     give_up = time.monotonic() + SETTLE_S
     while True:
-        states = {child.name: figures(cluster, child.name) for child in cluster.workers if child.alive and child.facts}
-        busy = {
-            name: state
-            for name, state in states.items()
-            if state["pages_free"] + state["pages_cached"] != state["pages_total"] or state["executions"]
-        }
+        busy = {}
+        for child in cluster.workers:
+            if child.alive:
+                state = figures(cluster, child.name)
+                if state["pages_free"] + state["pages_cached"] != state["pages_total"] or state["executions"]:
+                    busy[child.name] = state
         if not busy:
             return
         if time.monotonic() > give_up:

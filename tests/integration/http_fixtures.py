@@ -25,7 +25,7 @@ PATIENCE_S = 20.0
 BODY_S = 1.0
 HEAD_S = 1.0
 WRITE_S = 2.0
-MOST_BYTES = 1 << 20
+MOST_BYTES = 2 << 20
 
 
 class Served:
@@ -35,14 +35,25 @@ class Served:
         self.desk = desk
         self.model = model
         self.figures = Metrics()
+        self._connections: list[socket.socket] = []
         app = create_app(desk, model, Bounds(MOST_BYTES, BODY_S, 600.0, WRITE_S), self.figures)
         self.server = HttpServer(app, "127.0.0.1", 0, write_s=WRITE_S, head_s=HEAD_S)
         self.port = self.server.port
         self.url = f"http://127.0.0.1:{self.port}"
 
-    def connect(self) -> socket.socket:
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
+    def connect(self, *, receive_bytes: int | None = None) -> socket.socket:
+        """A new connection, with a small buffer if wanted; `hang_up` closes it."""
+        connection = socket.socket()
+        self._connections.append(connection)
+        if receive_bytes is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+        connection.settimeout(PATIENCE_S)
+        connection.connect(("127.0.0.1", self.port))
         return connection
+
+    def hang_up(self) -> None:
+        while self._connections:
+            self._connections.pop().close()
 
     def outcomes(self) -> dict[str, float]:
         """Requests by outcome so far."""

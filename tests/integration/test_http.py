@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -175,8 +176,6 @@ def test_the_async_client_too(served: Served) -> None:
             stream = await client.chat.completions.create(model=NAME, messages=PARIS, stream=True)
             return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
 
-    import asyncio
-
     assert asyncio.run(talk()) == SENTENCE
 
 
@@ -226,7 +225,7 @@ def test_an_error_before_the_first_token_has_its_status(served: Served, client: 
 
 @pytest.mark.parametrize("breaks", [False, True])
 def test_an_error_in_mid_stream_is_said_in_the_stream(served: Served, client: openai.OpenAI, breaks: bool) -> None:
-    say(served, ids=[5, 6, 7], error=Unavailable("all dead"), breaks=breaks)
+    say(served, ids=[100, 101, 102], error=Unavailable("all dead"), breaks=breaks)
     heard = []
     with pytest.raises(openai.APIError) as failed:
         for part in client.completions.create(model=NAME, prompt="x", stream=True):
@@ -260,10 +259,7 @@ def test_root_points_to_the_api(served: Served) -> None:
 
 
 def test_metrics_count_every_request_once(served: Served, client: openai.OpenAI) -> None:
-    def counted() -> dict[str, float]:
-        return served.outcomes()
-
-    before = counted()
+    before = served.outcomes()
     client.completions.create(model=NAME, prompt="x", max_tokens=3)
     list(client.completions.create(model=NAME, prompt="x", max_tokens=100, stream=True))
     with pytest.raises(openai.BadRequestError):
@@ -271,7 +267,7 @@ def test_metrics_count_every_request_once(served: Served, client: openai.OpenAI)
     say(served, refused=Overloaded("too many", retry_after_s=1))
     with pytest.raises(openai.RateLimitError):
         client.completions.create(model=NAME, prompt="x")
-    difference = {name: value - before.get(name, 0) for name, value in counted().items() if value != before.get(name, 0)}
+    difference = {name: value - before.get(name, 0) for name, value in served.outcomes().items() if value != before.get(name, 0)}
     assert difference == {"length": 1, "stop": 1, "unsupported_parameter": 1, "overloaded": 1}
     text = httpx.get(f"{served.url}/metrics").text
     for name in (

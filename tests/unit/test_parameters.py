@@ -25,11 +25,11 @@ def model(smollm2: Path) -> Model:
     return Model(smollm2, NAME)
 
 
-def chat(model: Model, **fields: Any) -> Wish:
+def chat(model: Model, /, **fields: Any) -> Wish:
     return parse(json.dumps({"model": NAME, "messages": HELLO, **fields}).encode(), model, LIMITS, chat=True)
 
 
-def complete(model: Model, **fields: Any) -> Wish:
+def complete(model: Model, /, **fields: Any) -> Wish:
     return parse(json.dumps({"model": NAME, "prompt": "Hello", **fields}).encode(), model, LIMITS, chat=False)
 
 
@@ -84,7 +84,7 @@ def test_a_seed_is_drawn_if_none_is_given(model: Model) -> None:
 
 @pytest.mark.parametrize("prompt", [[1, 2, 3], [[1, 2, 3]], ["Hello"], "Hello"])
 def test_forms_of_a_prompt(model: Model, prompt: Any) -> None:
-    expected = [1, 2, 3] if 1 in prompt or [1, 2, 3] in prompt else model.encode("Hello")
+    expected = model.encode("Hello") if "Hello" in prompt else [1, 2, 3]
     assert complete(model, prompt=prompt).ask.prompt == expected
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.unit.recovery.trouble import troubled
 
-SEEDS = 160
+SEEDS = 120
 CHUNK = 20
 
 

@@ -1,0 +1,258 @@
+"""Bad input over raw sockets: the right 4xx in OpenAI's format, and the next request works."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.integration.echo_desk import Script
+from tests.integration.http_fixtures import BODY_S, HEAD_S, MOST_BYTES, NAME, PATIENCE_S, Served, completion, reply, request, serving
+
+GOOD = completion([100, 101, 102], max_tokens=10)
+CHAT = "/v1/chat/completions"
+TEXT = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def server(smollm2: Path) -> Iterator[Served]:
+    with serving(smollm2) as served:
+        yield served
+
+
+@pytest.fixture
+def served(server: Served) -> Iterator[Served]:
+    server.desk.scripts = lambda ask: Script()
+    yield server
+    server.hang_up()
+
+
+def assert_works(served: Served, connection: socket.socket) -> None:
+    """On the same connection and on a new one."""
+    served.desk.scripts = lambda ask: Script()
+    for where in (connection, served.connect()):
+        where.sendall(request(TEXT, GOOD))
+        status, _, body = reply(where)
+        assert status == 200 and json.loads(body)["choices"][0]["text"] == served.model.decode([100, 101, 102])
+        where.close()
+
+
+def fields(**more: Any) -> bytes:
+    return json.dumps({**GOOD, **more}).encode()
+
+
+def message(**more: Any) -> bytes:
+    return json.dumps({"model": NAME, "messages": [{"role": "user", "content": "Hello"}], **more}).encode()
+
+
+BAD: list[tuple[str, str, bytes, int, str | None, str | None]] = [
+    # what, path, body, status, param, code
+    ("nothing", TEXT, b"", 400, None, None),
+    ("not JSON", TEXT, b"{model:", 400, None, None),
+    ("a form", TEXT, b"model=x&prompt=y", 400, None, None),
+    ("a list", TEXT, b"[1]", 400, None, None),
+    ("nested for ever", TEXT, b'{"model": ' + b"[" * 500_000, 400, None, None),
+    ("invalid UTF-8", TEXT, b'{"model": "smollm2", "prompt": "\xc3\x28"}', 400, None, None),
+    ("half a surrogate in the prompt", TEXT, fields(prompt="\ud800"), 400, "prompt", None),
+    ("half a surrogate in a message", CHAT, message(messages=[{"role": "user", "content": "\udfff"}]), 400, "messages", None),
+    ("half a surrogate as a field", TEXT, fields(**{"\ud800": 1}), 400, "\\ud800", "unknown_parameter"),
+    ("half a surrogate as the model", TEXT, fields(model="\ud800"), 404, "model", "model_not_found"),
+    ("a field of 100,000 letters", TEXT, fields(**{"x" * 100_000: 1}), 400, "x" * 500 + "…", "unknown_parameter"),
+    ("an unknown field", TEXT, fields(no_such=1), 400, "no_such", "unknown_parameter"),
+    ("an unknown model", TEXT, fields(model="gpt-9"), 404, "model", "model_not_found"),
+    ("no model", TEXT, fields(model=None), 400, "model", None),
+    ("an empty prompt", TEXT, fields(prompt=""), 400, "prompt", None),
+    ("no prompt", TEXT, fields(prompt=None), 400, "prompt", None),
+    ("no messages", CHAT, message(messages=[]), 400, "messages", None),
+    ("a message of the wrong type", CHAT, message(messages=[5]), 400, "messages[0]", None),
+    ("wrong type", TEXT, fields(max_tokens="five"), 400, "max_tokens", None),
+    ("negative", TEXT, fields(max_tokens=-5), 400, "max_tokens", None),
+    ("huge", TEXT, fields(max_tokens=10**400), 400, "max_tokens", None),
+    ("more digits than Python reads", TEXT, b'{"model": "smollm2", "prompt": "x", "seed": ' + b"1" * 5000 + b"}", 400, None, None),
+    ("1e400", TEXT, b'{"model": "smollm2", "prompt": "x", "temperature": 1e400}', 400, "temperature", None),
+    ("NaN", TEXT, b'{"model": "smollm2", "prompt": "x", "temperature": NaN}', 400, None, None),
+    ("an id beyond the vocabulary", TEXT, fields(prompt=[49152]), 400, "prompt", None),
+    ("several prompts", TEXT, fields(prompt=["a", "b"]), 400, "prompt", "unsupported_parameter"),
+    ("several answers", CHAT, message(n=3), 400, "n", "unsupported_parameter"),
+    ("tools", CHAT, message(tools=[{"type": "function"}]), 400, "tools", "unsupported_parameter"),
+    ("beyond the context", TEXT, fields(max_tokens=2048), 400, "max_tokens", "context_length_exceeded"),
+    ("a prompt of 100,000 ids", TEXT, fields(prompt=[100] * 100_000), 400, "prompt", "context_length_exceeded"),
+    ("a prompt of 100,000 words", TEXT, fields(prompt="word " * 100_000), 400, "prompt", "context_length_exceeded"),
+    (
+        "messages of 100,000 words",
+        CHAT,
+        message(messages=[{"role": "user", "content": "a b " * 50_000}]),
+        400,
+        "messages",
+        "context_length_exceeded",
+    ),
+    ("a large body", TEXT, fields(prompt="x" * (MOST_BYTES + 1)), 413, None, None),
+    ("10 MB", TEXT, fields(prompt="x" * 10_000_000), 413, None, None),
+    ("no such path", "/v1/nothing", b"{}", 404, None, "not_found"),
+    ("wrong method", "/v1/models", b"{}", 405, None, None),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param", "code"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+def test_bad_input(served: Served, path: str, body: bytes, status: int, param: str | None, code: str | None) -> None:
+    connection = served.connect()
+    asked = len(served.desk.asks)
+    connection.sendall(request(path, body))
+    found, headers, text = reply(connection)
+    error = json.loads(text)["error"]
+    assert (found, error["param"], error["code"]) == (status, param, code), error
+    assert set(error) == {"message", "type", "param", "code"} and error["message"] and error["type"] == "invalid_request_error"
+    assert headers["content-type"] == "application/json" and len(text) < 2000
+    assert len(served.desk.asks) == asked
+    if status == 413:
+        assert headers["connection"] == "close" and connection.recv(1) == b""
+        connection = served.connect()
+    assert_works(served, connection)
+
+
+def test_a_huge_announcement_is_refused_unread(served: Served) -> None:
+    connection = served.connect()
+    connection.sendall(request(TEXT, b"{", length=10**15))
+    status, headers, _ = reply(connection)
+    assert status == 413 and headers["connection"] == "close"
+    assert_works(served, served.connect())
+
+
+def test_a_polite_client_is_refused_before_it_sends(served: Served) -> None:
+    connection = served.connect()
+    connection.sendall(request(TEXT, b"", length=MOST_BYTES + 1, head="Expect: 100-continue\r\n"))
+    assert reply(connection)[0] == 413
+    assert_works(served, served.connect())
+
+
+def test_a_large_body_in_chunks(served: Served) -> None:
+    """Nothing announces its length."""
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b"x" * 65536
+
+    answer = httpx.post(f"{served.url}{TEXT}", content=parts(), timeout=PATIENCE_S)
+    assert answer.status_code == 413 and "limit" in answer.json()["error"]["message"]
+    assert_works(served, served.connect())
+
+
+def test_openais_client_sees_413_and_405(served: Served) -> None:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_S) as client:
+        with pytest.raises(openai.APIStatusError) as large:
+            client.completions.create(model=NAME, prompt="x" * 10_000_000)
+        assert large.value.status_code == 413
+        with pytest.raises(openai.APIStatusError) as wrong:
+            client.delete("/models", cast_to=httpx.Response)
+        assert wrong.value.status_code == 405
+        assert client.completions.create(model=NAME, prompt=[100], max_tokens=5).choices[0].text
+
+
+def test_any_content_type_is_taken(served: Served) -> None:
+    answer = httpx.post(f"{served.url}{TEXT}", content=json.dumps(GOOD), headers={"Content-Type": "text/plain"}, timeout=PATIENCE_S)
+    assert answer.status_code == 200
+
+
+@pytest.mark.parametrize("nonsense", [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET\r\n\r\n", b"hello\r\n\r\n", b"\x00" * 100])
+def test_what_is_not_http(served: Served, nonsense: bytes) -> None:
+    connection = served.connect()
+    connection.sendall(nonsense)
+    status, _, body = reply(connection)
+    assert status == 400 and json.loads(body)["error"]["type"] == "invalid_request_error"
+    assert_works(served, served.connect())
+
+
+def test_an_endless_head(served: Served) -> None:
+    connection = served.connect()
+    connection.sendall(b"GET /health HTTP/1.1\r\n")
+    with pytest.raises(ConnectionError):
+        while True:
+            connection.sendall(b"X-Filler: " + b"x" * 8000 + b"\r\n")
+            time.sleep(0.01)
+    assert_works(served, served.connect())
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHost:", b"\r\n"])
+def test_a_connection_that_never_asks_is_closed(served: Served, sent: bytes) -> None:
+    connection = served.connect()
+    connection.sendall(sent)
+    begin = time.monotonic()
+    assert connection.recv(1) == b""
+    assert 0.5 * HEAD_S < time.monotonic() - begin < HEAD_S + 5
+    assert_works(served, served.connect())
+
+
+def test_a_head_begun_on_a_used_connection_is_not_awaited_for_ever(served: Served) -> None:
+    connection = served.connect()
+    connection.sendall(request("/health", b"", method="GET"))
+    assert reply(connection)[0] == 200
+    time.sleep(1.5 * HEAD_S)
+    connection.sendall(b"GET /hea")
+    begin = time.monotonic()
+    assert connection.recv(1) == b""
+    assert 0.5 * HEAD_S < time.monotonic() - begin < HEAD_S + 5
+
+
+def test_a_body_that_does_not_come_is_given_up(served: Served) -> None:
+    connection = served.connect()
+    connection.sendall(request(TEXT, b'{"model"', length=1000))
+    begin = time.monotonic()
+    status, headers, body = reply(connection)
+    assert status == 408 and headers["connection"] == "close" and "complete" in json.loads(body)["error"]["message"]
+    assert BODY_S * 0.5 < time.monotonic() - begin < BODY_S + 5
+    assert_works(served, served.connect())
+
+
+def test_a_client_that_leaves_in_mid_body(served: Served) -> None:
+    connection = served.connect()
+    connection.sendall(request(TEXT, b'{"model"', length=1000))
+    connection.close()
+    assert_works(served, served.connect())
+
+
+def test_many_half_open_connections_do_no_harm(served: Served) -> None:
+    half = [served.connect() for _ in range(100)]
+    for connection in half:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+    assert_works(served, served.connect())
+    for connection in half:
+        assert connection.recv(1) == b""
+
+
+def test_a_body_for_a_path_that_does_not_read_it(served: Served) -> None:
+    """Its rest is not taken for the next head."""
+    connection = served.connect()
+    connection.sendall(request("/v1/nothing", b"", length=500_000))
+    assert reply(connection)[0] == 404
+    for _ in range(5):
+        connection.sendall(b"x" * 100_000)
+    assert_works(served, connection)
+
+
+def test_a_long_prompt_does_not_stall_others(served: Served) -> None:
+    """While a text of half a megabyte is tokenised (refused only then), a stream goes on."""
+    served.desk.scripts = lambda ask: Script([100], endless=True, pause_s=0.01)
+    moments = []
+    with httpx.stream("POST", f"{served.url}{TEXT}", json={**GOOD, "max_tokens": 2000, "stream": True}, timeout=PATIENCE_S) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        long = served.connect()
+        long.sendall(request(TEXT, fields(prompt="ab, " * 40_000)))
+        long.settimeout(0.0)
+        answered = b""
+        while not answered:
+            next(lines)
+            moments.append(time.monotonic())
+            with suppress(BlockingIOError):
+                answered = long.recv(65536)
+    assert b" 400 " in answered and b"context_length_exceeded" in answered
+    assert len(moments) > 5 and max(b - a for a, b in pairwise(moments)) < 0.25
