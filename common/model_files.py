@@ -16,9 +16,11 @@ SLICE_BYTES = 4096
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StartError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise StartError(f"{path} is no JSON object")
     return found
 
 
@@ -52,11 +54,21 @@ def eos_ids(path: str | Path) -> list[int]:
 
 
 def context_tokens(path: str | Path) -> int:
-    return int(_json(folder(path) / "config.json")["max_position_embeddings"])
+    """Prompt and answer together, as the model was made for."""
+    return _number(path, "max_position_embeddings")
 
 
 def vocabulary(path: str | Path) -> int:
-    return int(_json(folder(path) / "config.json")["vocab_size"])
+    """Ids the model knows, padding included."""
+    return _number(path, "vocab_size")
+
+
+def _number(path: str | Path, name: str) -> int:
+    file = folder(path) / "config.json"
+    found = _json(file).get(name)
+    if type(found) is not int:
+        raise StartError(f"{file} has no {name}")
+    return found
 
 
 def fingerprint(path: str | Path, dtype: str, page_tokens: int) -> str:
@@ -75,6 +87,6 @@ def fingerprint(path: str | Path, dtype: str, page_tokens: int) -> str:
             header = int.from_bytes(content.read(8), "little") if file.suffix == ".safetensors" else 0
             digest.update(content.read(min(header, 64 << 20)))
             for part in range(SLICES):
-                content.seek(size * part // SLICES)
+                content.seek(max(0, size - SLICE_BYTES) * part // (SLICES - 1))
                 digest.update(content.read(SLICE_BYTES))
     return digest.hexdigest()

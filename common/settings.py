@@ -1,7 +1,7 @@
 """Settings of every process: one definition each, from which the environment variable, the flag and the help text are derived.
 
-`--max-batch 8` and `BATON_MAX_BATCH=8` say the same; the flag wins, and an empty variable says nothing. A bad value is a SettingError that names the setting, and the
-process ends with that one line.
+`--max-batch 8` and `BATON_MAX_BATCH=8` say the same; the flag wins, and an empty variable says nothing. A bad value is a SettingError
+that names the setting, and the process ends with that one line.
 """
 
 from __future__ import annotations

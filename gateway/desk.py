@@ -75,6 +75,8 @@ class LiveDesk:
         self._liveness = Liveness()
         self._beats: dict[Incarnation, WorkerBeat] = {}
         self._answers: dict[str, LiveAnswer] = {}
+        self._alone: set[str] = set()
+        """Requests for which we hold the fleet's right to run alone."""
         self._idle = asyncio.Event()
         """Set whenever the last running answer has ended."""
         self._queue: JobQueue | None = None
@@ -227,17 +229,28 @@ class LiveDesk:
         self._control.send(worker, beat)
 
     async def _judge_forever(self) -> None:
+        """Once a second: what has become of our entries, and whether our requests that run alone still do."""
         while True:
             await asyncio.sleep(JUDGE_S)
-            entries = self._ledger.entries()
-            if self._queue is None or not entries:
+            if self._queue is None:
                 continue
             try:
-                states = await self._queue.states(entries)
+                await self._keep_alone(self._queue)
+                entries = self._ledger.entries()
+                states = await self._queue.states(entries) if entries else {}
             except QueueError as error:
                 log.warning("cannot look at the queue", error=error)
                 continue
             self._do(self._ledger.judge(states, time.monotonic()))
+
+    async def _keep_alone(self, queue: JobQueue) -> None:
+        """Renew the right to run alone while it is used, and give it back afterwards."""
+        using = self._ledger.alone()
+        for request_id in self._alone - using:
+            await queue.unlock_alone(request_id)
+        self._alone &= using
+        for request_id in using & self._alone:
+            await queue.lock_alone(request_id)
 
     # ------------------------------------------------------------------------------------------------------ its actions
 
@@ -279,6 +292,8 @@ class LiveDesk:
         try:
             if job.alone and not await self._queue.lock_alone(job.request_id):
                 raise QueueError("another request runs alone")
+            if job.alone:
+                self._alone.add(job.request_id)
             entry = await self._put_twice(job, job_class)
         except QueueError as error:
             log.warning("a job was not put", request=job.request_id, attempt=choice.attempt, error=error)

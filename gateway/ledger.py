@@ -186,6 +186,10 @@ class Ledger:
         """The live timeline of an open request."""
         return self._flights[(request_id, choice)].timeline
 
+    def alone(self) -> set[str]:
+        """Requests that have to run alone (rule 11)."""
+        return {flight.request_id for flight in self._flights.values() if flight.alone}
+
     def retry_after_s(self, now: float) -> float:
         """How long the longest waiting request has waited: as long as a newcomer should stay away at least."""
         waits = [now - flight.put_at for flight in self._flights.values() if flight.execution is None]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from redis.asyncio import Redis
 
+from common.queue import connect
 from scripts.launcher.__main__ import wait_served
 from scripts.launcher.cluster import Cluster, Shape
+from scripts.launcher.valkey import Valkey
 
 SETTLE_S = 10.0
 SMALL = {"max_request_tokens": "2048", "pages": "640"}
@@ -77,3 +80,34 @@ def pair(launch: Callable[..., Cluster]) -> Cluster:
 def conserved(pair: Cluster) -> Iterator[None]:
     yield
     assert_conserved(pair)
+
+
+@pytest.fixture(scope="session")
+def shared_valkey() -> Iterator[Valkey]:
+    server = Valkey()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def redis_url(shared_valkey: Valkey) -> str:
+    """A real server, shared by all tests and empty at the start of each."""
+    async with connect(shared_valkey.url) as redis:
+        await redis.flushall()
+    return shared_valkey.url
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    async with connect(redis_url) as redis:
+        yield redis
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    """A server of the test's own, to be killed and restarted empty."""
+    server = Valkey()
+    server.start()
+    yield server
+    server.stop()
