@@ -144,10 +144,9 @@ class Flight:
             alone=self.alone,
         )
 
-    def start(self, execution: str, now: float) -> None:
+    def start(self, execution: str) -> None:
         self.execution = execution
         self.put_again_at = None
-        self.timeline.prefill_queue_s += now - self.put_at
 
     def next_attempt(self, now: float) -> None:
         self.attempt += 1
@@ -169,10 +168,13 @@ class Flight:
 
     _stage_s: dict[str, float] = field(default_factory=dict)
 
-    def spent(self, role: Role | None, words: Tokens) -> None:
-        """A worker's own clock says how long it has been at this attempt; later words replace earlier ones."""
+    def spent(self, role: Role | None, words: Tokens, now: float) -> None:
+        """A worker's own clock says how long it has been at this attempt; later words replace earlier ones. Until the first token, what was
+        not prefill was waiting for it."""
         stage_s, queued_s = words.stage_s, words.queued_s
         if role != "decode" and words.tokens and words.tokens[0].index <= self.first_index:
+            if self.index == self.first_index:
+                self._stage("prefill_queue_s", now - self.put_at - stage_s)
             self._stage("prefill_s", stage_s)
         else:
             self._stage("decode_s", stage_s)

@@ -130,7 +130,7 @@ class Ledger:
                 flight.transferred(event.transfer_s)
                 return []
             case Tokens():
-                flight.spent(self._roles.get(sender), event)
+                flight.spent(self._roles.get(sender), event, now)
                 return self._tokens(flight, sender, event.tokens, now)
             case Handed():
                 return self._handed(flight, sender, event, now)
@@ -204,7 +204,7 @@ class Ledger:
     def _bind(self, flight: Flight, sender: Incarnation, key: Key, now: float) -> bool:
         """Rule 1: whether the sender may speak for this flight; the first execution and the first decode heard of may."""
         if flight.execution is None:
-            flight.start(key.execution, now)
+            flight.start(key.execution)
         if flight.execution != key.execution:
             return False
         if self._roles.get(sender) == "decode":

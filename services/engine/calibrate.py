@@ -34,7 +34,7 @@ def measure(runner: Runner, page_tokens: int, pages: int, chunk_s: float) -> Bud
     """Time prompts of growing length on an idle engine. Uses the pool's first pages, before anybody else does."""
     rates: dict[int, float] = {}
     started = time.perf_counter()
-    most = pages * page_tokens
+    most = min(pages * page_tokens, runner.loaded.context_tokens)
     for length in [length for length in LENGTHS if length <= most] or [most]:
         if rates:
             spent = time.perf_counter() - started
@@ -50,7 +50,7 @@ def measure(runner: Runner, page_tokens: int, pages: int, chunk_s: float) -> Bud
 
 
 def _time(runner: Runner, length: int, page_tokens: int) -> float:
-    sequence = Sequence(Key("calibration", 0, 0, ""), [i % 997 for i in range(length)], length, Sampling(temperature=0), 1)
+    sequence = Sequence(Key("calibration", 0, 0, ""), [0] * length, length, Sampling(temperature=0), 1)
     sequence.pages = list(range(-(-length // page_tokens)))
     before = time.perf_counter()
     runner.collect(runner.launch(Plan(0, (Chunk(sequence, 0, length, draws=True, index=0),))))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
@@ -17,6 +18,7 @@ from services.engine.attention import attend
 ATTENTION = "baton_paged"
 SUPPORTED = ("llama", "mistral", "opt", "qwen2", "qwen3")
 """Model types with standard or grouped-query attention over the whole context (SmolLM2 is a llama)."""
+LENGTH_ROPES = ("dynamic", "longrope")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 AttentionInterface.register(ATTENTION, attend)
@@ -39,18 +41,23 @@ def load(path: str | Path, device: str, dtype: str, page_tokens: int) -> LoadedM
     """Load a decoder-only model from a folder. Raises StartError if it is none that this engine runs, or does not fit the device."""
     hf_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
         raise StartError(f"no model in {path}: {error}") from error
     refuse_unsupported(config)
     if device == "cuda" and not torch.cuda.is_available():
         raise StartError("device is cuda, but torch sees no CUDA device")
     kind = _dtype(config, dtype)
     try:
-        module = AutoModelForCausalLM.from_pretrained(path, dtype=kind, attn_implementation=ATTENTION)
+        module, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=kind, attn_implementation=ATTENTION, trust_remote_code=False, output_loading_info=True
+        )
         module.eval().requires_grad_(False).to(device)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise StartError(f"cannot load the model in {path}: {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise StartError(f"the weights in {path} lack {len(missing)} of the model's tensors, first {missing[0]}")
     return adopt(module, device, page_tokens)
 
 
@@ -80,6 +87,9 @@ def refuse_unsupported(config: Any) -> None:
         raise StartError(f"{kind} is an encoder-decoder; supported are decoder-only models: {known}")
     if kind not in SUPPORTED:
         raise StartError(f"model type {kind!r} is not supported; supported are: {known}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in LENGTH_ROPES:
+        raise StartError(f"{kind} with {rope} rope is not supported: its angles depend on the longest sequence computed beside it")
     window = getattr(config, "sliding_window", None)
     windowed = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     uses = getattr(config, "use_sliding_window", kind == "mistral") and window is not None and window < config.max_position_embeddings

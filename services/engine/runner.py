@@ -127,7 +127,7 @@ class Runner:
         batches: list[Batch] = []
         begin = 0
         while begin < len(singles):
-            least = min(counts[begin] / 2, counts[begin] - 1) if counts[begin] > SMALL_PAGES else 0
+            least = counts[begin] / 2 if counts[begin] > SMALL_PAGES else 0
             end = begin + 1
             while end < len(singles) and counts[end] > least:
                 end += 1

@@ -91,7 +91,8 @@ def _pick(logits: Tensor, rows: list[Row]) -> Tensor:
     """Sampled ids `[N]` of logits `[N, vocabulary]`."""
     heat = torch.tensor([row.sampling.temperature for row in rows], dtype=torch.float64, device=logits.device)
     u = torch.tensor([uniform(r.sampling.seed, r.choice, r.index) for r in rows], dtype=torch.float64, device=logits.device)
-    probabilities = torch.softmax(logits.double() / heat[:, None], -1)
+    exact = logits.double()
+    probabilities = torch.softmax((exact - exact.amax(-1, keepdim=True)) / heat[:, None], -1)
     chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     plain = [i for i, row in enumerate(rows) if not _truncates(row.sampling)]
     if plain:
@@ -111,19 +112,21 @@ def truncated(probabilities: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
     """What top-k, then top-p, then min-p leave of one distribution `[vocabulary]`: probabilities, not normalised, and their ids.
 
     Top-p keeps the smallest set of most likely tokens whose mass, within what top-k left, reaches p (Holtzman et al., 2020). Min-p keeps
-    tokens at least min_p times as likely as the likeliest. The likeliest token always stays.
+    tokens at least min_p times as likely as the likeliest. The likeliest token always stays. Equally likely tokens (frequent in bf16) count
+    in the order of their ids, so that the result does not hang on how a device sorts.
     """
-    vocabulary = probabilities.shape[0]
-    look = min(vocabulary, max(TOP, s.top_k))
-    while True:
-        kept, ids = probabilities.topk(look)
-        if s.top_k:
-            kept, ids = kept[: s.top_k], ids[: s.top_k]
-        total = kept.sum() if s.top_k else probabilities.sum()
-        enough = s.top_k or look == vocabulary or _reaches(kept, float(total), s)
-        if enough:
-            break
-        look = vocabulary
+    total = float(probabilities.sum())
+    least = 0.0
+    if s.top_k or probabilities.shape[0] > TOP:
+        found = probabilities.topk(min(s.top_k or TOP, probabilities.shape[0])).values
+        if s.top_k or _reaches(found, total, s):
+            least = float(found[-1])
+    ids = (probabilities >= least).nonzero()[:, 0]
+    kept, order = probabilities[ids].sort(descending=True, stable=True)
+    ids = ids[order]
+    if s.top_k:
+        kept, ids = kept[: s.top_k], ids[: s.top_k]
+        total = float(kept.sum())
     keep = torch.ones_like(kept, dtype=torch.bool)
     if s.top_p < 1:
         keep &= kept.cumsum(0) - kept < s.top_p * total
@@ -133,10 +136,10 @@ def truncated(probabilities: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
     return kept[keep], ids[keep]
 
 
-def _reaches(kept: Tensor, total: float, s: Sampling) -> bool:
-    """Whether the tokens looked at include everything that the truncation keeps."""
-    by_mass = s.top_p < 1 and float(kept.sum()) >= s.top_p * total
-    by_ratio = s.min_p > 0 and float(kept[-1]) < s.min_p * float(kept[0])
+def _reaches(likeliest: Tensor, total: float, s: Sampling) -> bool:
+    """Whether the likeliest tokens, in falling order, include everything that the truncation keeps."""
+    by_mass = s.top_p < 1 and float(likeliest.sum()) >= s.top_p * total
+    by_ratio = s.min_p > 0 and float(likeliest[-1]) < s.min_p * float(likeliest[0])
     return by_mass or by_ratio
 
 

@@ -31,7 +31,7 @@ def materialise(source: Path, folder: Path, progress: Callable[[str], None] = la
         try:
             model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32, **_dense())
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-        except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        except (ValueError, OSError, KeyError, NotImplementedError, ImportError) as error:
             raise StartError(f"{source} is no GGUF model that transformers can read: {error}") from error
         progress("writing bf16 safetensors")
         model.to(torch.bfloat16).save_pretrained(partial)

@@ -77,7 +77,7 @@ class Receiver:
     def work(self) -> bool:
         """One step of UCX, then what has completed, page by page and while it is still in the cache. Whether anything moved."""
         moved = self.worker.progress_once()
-        if self._closed is not None or (moved and not self._checksums):
+        if self._closed is not None:
             self.worker.progress()  # cancels what closing the door has only scheduled
         for grant, posted in tuple(self._posted.items()):
             while posted and posted[0][2].completed:

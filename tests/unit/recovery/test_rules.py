@@ -11,6 +11,7 @@ from common.messages import (
     Finished,
     Granted,
     Handed,
+    Holding,
     Job,
     Key,
     Letter,
@@ -27,7 +28,7 @@ from common.messages import (
 )
 from common.queue import Absent, Entry, Pending
 from gateway.ask import Ask
-from gateway.flight import Bury, End, Put, Tell
+from gateway.flight import Bury, End, Put, Remove, Tell
 from gateway.ledger import Ledger
 from services.worker.outbox import Outbox
 from tests.unit.recovery.decodes import Decode
@@ -69,6 +70,10 @@ def ledger(*roles: tuple[str, str]) -> tuple[Ledger, Key]:
     key = Key("r", 0, 1, "e")
     assert found.event("p", Started(key), 0.1) == []
     return found, key
+
+
+def beat_of(role: str, *holding: Holding) -> WorkerBeat:
+    return WorkerBeat(role, 1, 1, True, 1.0, 9, 9, 0, 0, holding=list(holding))  # type: ignore[arg-type]
 
 
 def test_rule_1_an_attempt_is_bound_to_the_first_execution_and_the_first_decode() -> None:
@@ -308,6 +313,22 @@ def test_rule_13_cancel_frees_every_page_within_a_second() -> None:
         world.run(after)
         gateway.cancel(request_id)
         assert world.run_until(lambda world=world: not world.leftovers(), 1.0), (after, world.leftovers())
+
+
+def test_rule_13_cancel_removes_the_entry_and_reaches_every_holder() -> None:
+    found, key = ledger()
+    found.event("d", Started(key), 0.2)
+    assert found.cancel("r") == [Remove(Entry("interactive", "1-0")), Tell("d", Cancel(key)), Tell("p", Cancel(key))]
+    assert found.event("d", beat_of("decode", Holding(key, 1, False, True)), 0.5) == [Tell("d", Cancel(key))], "a lost cancel is said again"
+    found.open("late", ASK, 1.0)
+    found.cancel("late")
+    assert found.put("late", 0, 1, Entry("interactive", "2-0")) == [Remove(Entry("interactive", "2-0"))]
+
+
+def test_an_answer_that_ends_takes_its_entry_with_it() -> None:
+    found, key = ledger()
+    actions = found.event("p", Tokens(key, [Token(index, 1) for index in range(12)]), 0.2)
+    assert isinstance(actions[0], End) and actions[0].finish == "length" and actions[1:] == [Remove(Entry("interactive", "1-0"))]
 
 
 def test_rule_13_an_event_of_a_stranger_is_answered_with_cancel() -> None:
