@@ -435,6 +435,6 @@ def decode(data: bytes | memoryview, kind: type[_M]) -> _M:
         decoder = _decoders[kind] = msgspec.msgpack.Decoder(kind)
     try:
         message: _M = decoder.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MessageError(f"not a {kind.__name__}: {error}") from error
     return message

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from common import names
 from common.errors import MessageError, QueueError, SettingError
@@ -94,6 +95,7 @@ def connect(url: str) -> Redis:
             retry=Retry(NoBackoff(), 0),
             retry_on_timeout=False,
             health_check_interval=0,
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),  # enabled, it hands out connections that are closed
             decode_responses=False,
         )
     except ValueError:

@@ -270,9 +270,12 @@ class LiveDesk:
 
     async def _write_forever(self) -> None:
         while True:
-            await self._write(await self._writes.get())
+            action = await self._writes.get()
+            while not await self._written(action):
+                await asyncio.sleep(JUDGE_S)
 
-    async def _write(self, action: Put | Remove | Bury) -> None:
+    async def _written(self, action: Put | Remove | Bury) -> bool:
+        """False if it has to be done again: a put is repeated by the ledger, everything else until Redis is back."""
         assert self._queue is not None
         try:
             match action:
@@ -284,6 +287,8 @@ class LiveDesk:
                     await self._queue.bury(job, reason)
         except QueueError as error:
             log.warning("the queue refuses", action=type(action).__name__, error=error)
+            return False
+        return True
 
     async def _put(self, job: Job, job_class: str) -> None:
         """One XADD; the ledger hears how it went. A suspicious request waits until no other one runs alone in the fleet."""

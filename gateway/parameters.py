@@ -6,7 +6,6 @@ What Baton does not support yet is refused by name; fields that clients send at 
 from __future__ import annotations
 
 import json
-import math
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from typing import Any
 from common.errors import BadRequest, NotFound
 from common.messages import Sampling
 from gateway.ask import Ask
+from gateway.inputs import message_ids, prompt_ids
 from gateway.prompts import Model
+from gateway.values import flag, given, integer, number
 
 MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 500
@@ -97,7 +98,7 @@ def parse(body: bytes, model: Model, limits: Limits, *, chat: bool) -> Wish:
     fields = _object(body)
     _known(fields, CHAT if chat else COMPLETION)
     _model(fields, model)
-    prompt = _messages(fields, model) if chat else _prompt(fields, model)
+    prompt = message_ids(fields, model) if chat else prompt_ids(fields, model)
     if not prompt:
         raise BadRequest("the prompt is empty", param="messages" if chat else "prompt")
     most = _max_tokens(fields, len(prompt), limits.context_tokens, chat=chat)
@@ -105,17 +106,17 @@ def parse(body: bytes, model: Model, limits: Limits, *, chat: bool) -> Wish:
         prompt=prompt,
         sampling=_sampling(fields, model, chat=chat),
         max_tokens=most,
-        stop_ids=[] if _flag(fields, "ignore_eos") else model.eos_ids,
+        stop_ids=[] if flag(fields, "ignore_eos") else model.eos_ids,
         deadline_s=limits.deadline_s,
     )
-    stream = _flag(fields, "stream")
+    stream = flag(fields, "stream")
     return Wish(
         ask=ask,
         chat=chat,
         stream=stream,
         stops=_stops(fields),
         include_usage=_include_usage(fields, stream),
-        timeline=_flag(fields, "timeline"),
+        timeline=flag(fields, "timeline"),
     )
 
 
@@ -131,12 +132,7 @@ def _object(body: bytes) -> dict[str, Any]:
         raise BadRequest(f"the body is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise BadRequest("the body must be a JSON object")
-    return _given(found)
-
-
-def _given(found: dict[str, Any]) -> dict[str, Any]:
-    """Null is the same as absent."""
-    return {name: value for name, value in found.items() if value is not None}
+    return given(found)
 
 
 def _refuse_constant(name: str) -> Any:
@@ -165,72 +161,19 @@ def _model(fields: dict[str, Any], model: Model) -> None:
         raise NotFound(f"the model {name!r} does not exist; this server serves {model.name!r}", param="model", code="model_not_found")
 
 
-# -------------------------------------------------------------------------------------------------------------- prompts
-
-
-def _prompt(fields: dict[str, Any], model: Model) -> list[int]:
-    prompt = fields.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        return model.encode(prompt)
-    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
-        if not prompt:
-            raise BadRequest("the prompt is empty", param="prompt")
-        bad = next((token for token in prompt if not 0 <= token < model.vocabulary), None)
-        if bad is not None:
-            raise BadRequest(f"prompt holds the id {str(bad)[:20]}; ids are 0 to {model.vocabulary - 1}", param="prompt")
-        return prompt
-    if isinstance(prompt, list) and all(isinstance(one, str | list) for one in prompt):
-        raise BadRequest("several prompts in one request are not supported yet", param="prompt", code="unsupported_parameter")
-    raise BadRequest("prompt must be a string or a list of whole numbers, the token ids", param="prompt")
-
-
-def _messages(fields: dict[str, Any], model: Model) -> list[int]:
-    messages = fields.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages must be a list with at least one message", param="messages")
-    return model.chat([_message(message, f"messages[{i}]") for i, message in enumerate(messages)])
-
-
-def _message(message: Any, where: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise BadRequest(f"{where} must be an object", param=where)
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in ("system", "developer", "user", "assistant"):
-        raise BadRequest(f"{where}.role must be system, developer, user or assistant", param=f"{where}.role")
-    extra = next((name for name, value in message.items() if name not in ("role", "content", "name") and value), None)
-    if extra is not None:
-        raise BadRequest(f"{where}.{extra} is not supported", param=f"{where}.{extra}", code="unsupported_parameter")
-    return {"role": "system" if role == "developer" else role, "content": _content(content, f"{where}.content")}
-
-
-def _content(content: Any, where: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise BadRequest(f"{where} must be a string or a list of text parts", param=where)
-    texts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise BadRequest(f"{where}: only parts of type text are supported", param=where)
-        texts.append(part["text"])
-    return "".join(texts)
-
-
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
 def _sampling(fields: dict[str, Any], model: Model, *, chat: bool) -> Sampling:
     return Sampling(
-        seed=_integer(fields, "seed", -(2**63), 2**64 - 1, secrets.randbits(63)) & 0xFFFFFFFFFFFFFFFF,
+        seed=integer(fields, "seed", -(2**63), 2**64 - 1, secrets.randbits(63)) & 0xFFFFFFFFFFFFFFFF,
         temperature=_temperature(fields),
-        top_p=_number(fields, "top_p", 0.0, 1.0, 1.0),
-        top_k=max(0, _integer(fields, "top_k", -1, model.vocabulary, 0)),
-        min_p=_number(fields, "min_p", 0.0, 1.0, 0.0),
-        presence_penalty=_number(fields, "presence_penalty", -2.0, 2.0, 0.0),
-        frequency_penalty=_number(fields, "frequency_penalty", -2.0, 2.0, 0.0),
-        repetition_penalty=_number(fields, "repetition_penalty", 0.01, 10.0, 1.0),
+        top_p=number(fields, "top_p", 0.0, 1.0, 1.0),
+        top_k=max(0, integer(fields, "top_k", -1, model.vocabulary, 0)),
+        min_p=number(fields, "min_p", 0.0, 1.0, 0.0),
+        presence_penalty=number(fields, "presence_penalty", -2.0, 2.0, 0.0),
+        frequency_penalty=number(fields, "frequency_penalty", -2.0, 2.0, 0.0),
+        repetition_penalty=number(fields, "repetition_penalty", 0.01, 10.0, 1.0),
         logit_bias=_biases(fields, model),
         logprobs=_logprobs(fields, chat=chat),
     )
@@ -238,18 +181,18 @@ def _sampling(fields: dict[str, Any], model: Model, *, chat: bool) -> Sampling:
 
 def _temperature(fields: dict[str, Any]) -> float:
     """Below LEAST_TEMPERATURE it is greedy: logits divided by less overflow."""
-    value = _number(fields, "temperature", 0.0, 2.0, 1.0)
+    value = number(fields, "temperature", 0.0, 2.0, 1.0)
     return value if value >= LEAST_TEMPERATURE else 0.0
 
 
 def _logprobs(fields: dict[str, Any], *, chat: bool) -> int:
     """Alternatives wanted; -1: no logprobs."""
     if not chat:
-        return _integer(fields, "logprobs", 0, MOST_LOGPROBS, -1)
-    wanted = _flag(fields, "logprobs")
+        return integer(fields, "logprobs", 0, MOST_LOGPROBS, -1)
+    wanted = flag(fields, "logprobs")
     if "top_logprobs" in fields and not wanted:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-    return _integer(fields, "top_logprobs", 0, MOST_LOGPROBS, 0) if wanted else -1
+    return integer(fields, "top_logprobs", 0, MOST_LOGPROBS, 0) if wanted else -1
 
 
 def _biases(fields: dict[str, Any], model: Model) -> dict[int, float]:
@@ -289,7 +232,7 @@ def _max_tokens(fields: dict[str, Any], prompt: int, context: int, *, chat: bool
         )
     if name not in fields:
         return room if chat else min(room, DEFAULT_COMPLETION_TOKENS)
-    wanted = _integer(fields, name, -(2**63), 2**63, 1)
+    wanted = integer(fields, name, -(2**63), 2**63, 1)
     if wanted < 1:
         raise BadRequest(f"{name} must be at least 1", param=name)
     if wanted > room:
@@ -309,33 +252,4 @@ def _include_usage(fields: dict[str, Any], stream: bool) -> bool:
         raise BadRequest("stream_options must be an object with include_usage", param="stream_options")
     if not stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
-    given = _given(options)
-    return _flag(given, "include_usage", within="stream_options.")
-
-
-# --------------------------------------------------------------------------------------------------------------- values
-
-
-def _flag(fields: dict[str, Any], name: str, *, within: str = "") -> bool:
-    value = fields.get(name, False)
-    if not isinstance(value, bool):
-        raise BadRequest(f"{within}{name} must be true or false", param=within + name)
-    return value
-
-
-def _integer(fields: dict[str, Any], name: str, low: int, high: int, default: int) -> int:
-    value = fields.get(name, default)
-    if type(value) is not int:
-        raise BadRequest(f"{name} must be a whole number", param=name)
-    if name in fields and not low <= value <= high:
-        raise BadRequest(f"{name} must be from {low} to {high}", param=name)
-    return value
-
-
-def _number(fields: dict[str, Any], name: str, low: float, high: float, default: float) -> float:
-    value = fields.get(name, default)
-    if type(value) not in (int, float):
-        raise BadRequest(f"{name} must be a number", param=name)
-    if not low <= value <= high or not math.isfinite(value):
-        raise BadRequest(f"{name} must be from {low:g} to {high:g}", param=name)
-    return float(value)
+    return flag(given(options), "include_usage", within="stream_options.")

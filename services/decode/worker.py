@@ -103,7 +103,8 @@ class DecodeWorker(Worker[Action]):
                 self._transfer.abandon(grant, told=told)
             case ClosePeer(peer):
                 self._transfer.close_peer(peer)
-            case Commit(handoff, _, token, _):
+            case Commit(handoff, offer, token, _):
+                self.gateways.meet(offer.job.gateway, offer.job.tokens_address)
                 self.engine.post(scheduler.admit, handoff, token)
                 self.death.strike("decode_queue")
 

@@ -54,9 +54,7 @@ class Runner:
         drawing = [i for i, chunk in enumerate(chunks) if chunk.draws]
         ends = list(accumulate(chunk.tokens for chunk in chunks))
         keep = self._tensor(np.asarray([ends[i] - 1 for i in drawing] or [0]))
-        logits = self.loaded.module(
-            input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, baton_step=step
-        ).logits[0]
+        logits = self.loaded.module(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep, baton_step=step).logits[0]
         if drawing:
             for i, one in zip(drawing, draw(logits, [self._row(chunks[i]) for i in drawing]), strict=True):
                 draws[order[i]] = one

@@ -44,7 +44,7 @@ class Work:
 
 
 def plan(sizes: tuple[int, ...], page_bytes: int, repeats: int) -> list[Work]:
-    """Whole pages nearest to each size; a size below a page is one page of that size."""
+    """Whole pages nearest to each size; a size below a page is one page of that size. Pages are multiples of 4 bytes."""
     return [Work(1, size, repeats) if size < page_bytes else Work(round(size / page_bytes), page_bytes, repeats) for size in sizes]
 
 
@@ -110,12 +110,15 @@ class _End:
     def __init__(self, work: Work, checksums: bool) -> None:
         import torch
 
-        from common.messages import Shard
+        from common.messages import Layout, Shard
+        from services.engine.pool import Pool
         from services.transfer.ucx import UcxTransfer
 
         torch.set_num_threads(1)
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._pages = torch.ones(work.pages, work.page_bytes, dtype=torch.uint8)
+        layout = Layout(layers=1, kv_heads=1, page_tokens=1, head_dim=work.page_bytes // 4, dtype="bfloat16")
+        self._pages = Pool(layout, work.pages, "cpu").bytes
+        self._pages.fill_(1)
         self.transfer = UcxTransfer(self._pages, Shard(0, (0, 30), (0, 3)), self._events.put, checksums=checksums)
 
     def fill(self) -> None:
@@ -169,9 +172,8 @@ def main() -> None:
     chosen = options.parse_args()
     medians, transport = measure(plan(tuple(chosen.sizes), chosen.page_bytes, chosen.repeats))
     rows = []
-    print(
-        f"{'bytes':>11} {'pages':>6} {'plain GB/s':>11} {'of memcpy':>10} {'checked GB/s':>13} {'of memcpy':>10} {'memcpy':>7} {'plain µs':>9}"
-    )
+    heads = ("bytes", "pages", "plain GB/s", "of memcpy", "checked GB/s", "of memcpy", "memcpy", "plain µs")
+    print("{:>11} {:>6} {:>11} {:>10} {:>13} {:>10} {:>7} {:>9}".format(*heads))
     for work, seconds in medians.items():
         memcpy = MEMCPY_BYTES / seconds["memcpy"] / 1e9
         plain, checked = (work.bytes / seconds[kind] / 1e9 for kind in ("plain", "checked"))

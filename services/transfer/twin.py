@@ -186,7 +186,9 @@ class TwinTransfer:
     def _flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
         held = self._outbound.withdraw(handoff, grant)
         other = self._board.doors.get(to.address)
-        for index in {*indices, *held} if other is not None else ():
+        if other is None:
+            return
+        for index in {*indices, *held}:
             other._command(other._deliver, to.address, tag(grant, index, to.shard.rank), None, lambda: None)
 
     # --------------------------------------------------------------------------------------------------------- closing

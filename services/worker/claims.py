@@ -9,7 +9,7 @@ from common.errors import QueueError
 from common.logs import get_logger
 from common.messages import Incarnation
 from common.names import BEAT_S
-from common.queue import Claimed, JobQueue
+from common.queue import Claimed, Delivered, JobQueue
 
 log = get_logger(__name__)
 
@@ -19,6 +19,14 @@ SWEEP_S = 10.0
 """Between two looks for entries whose gateway is dead."""
 ORPHAN_S = 30.0
 """An entry delivered this long ago whose gateway nobody has heard of belongs to no one."""
+
+
+def orphaned(delivered: Delivered, living: set[Incarnation]) -> bool:
+    """Whether nobody answers for this entry any more."""
+    job, idle_s = delivered.job, delivered.state.idle_s
+    if idle_s <= ORPHAN_S:
+        return False
+    return job is None or job.gateway not in living or idle_s > job.deadline_s
 
 
 class Claims:
@@ -55,7 +63,12 @@ class Claims:
         batch: list[Claimed] = []
         wanted = self._room()
         while wanted > 0:
-            claimed = await self._queue.claim(self._consumer)
+            try:
+                claimed = await self._queue.claim(self._consumer)
+            except QueueError:
+                if not batch:
+                    raise
+                break
             if claimed is None:
                 break
             batch.append(claimed)
@@ -65,15 +78,12 @@ class Claims:
         return batch
 
     async def sweep(self, living: Callable[[], set[Incarnation]]) -> None:
-        """Rule 4: remove delivered entries whose gateway is dead; living gateways judge their own."""
+        """Rule 4: remove delivered entries whose gateway is dead; living gateways judge their own. One past its deadline is nobody's: a
+        doubled or replayed job that its gateway does not know of."""
         while True:
             await asyncio.sleep(SWEEP_S)
             try:
-                orphans = [
-                    pending.entry
-                    for pending in await self._queue.pending()
-                    if pending.state.idle_s > ORPHAN_S and (pending.job is None or pending.job.gateway not in living())
-                ]
+                orphans = [one.entry for one in await self._queue.pending() if orphaned(one, living())]
                 if orphans:
                     log.warning("entries of dead gateways removed", entries=len(orphans))
                     await self._queue.remove(*orphans)
