@@ -81,6 +81,8 @@ class LiveDesk:
         """Set whenever the last running answer has ended."""
         self._queue: JobQueue | None = None
         self._writes: asyncio.Queue[Put | Remove | Bury] = asyncio.Queue()
+        self._undone: list[Put | Remove | Bury] = []
+        """What Redis did not take; tried again once a second."""
         self._identity: Identity | None = None
         self._sequence = 0
 
@@ -232,6 +234,9 @@ class LiveDesk:
         """Once a second: what has become of our entries, and whether our requests that run alone still do."""
         while True:
             await asyncio.sleep(JUDGE_S)
+            undone, self._undone = self._undone, []
+            for action in undone:
+                self._writes.put_nowait(action)
             if self._queue is None:
                 continue
             try:
@@ -271,8 +276,8 @@ class LiveDesk:
     async def _write_forever(self) -> None:
         while True:
             action = await self._writes.get()
-            while not await self._written(action):
-                await asyncio.sleep(JUDGE_S)
+            if not await self._written(action):
+                self._undone.append(action)
 
     async def _written(self, action: Put | Remove | Bury) -> bool:
         """False if it has to be done again: a put is repeated by the ledger, everything else until Redis is back."""
