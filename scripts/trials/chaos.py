@@ -159,9 +159,11 @@ def main() -> int:
         leaked = ""
         try:
             assert_conserved(cluster)
-        except AssertionError as error:
-            leaked = str(error)
+        except (AssertionError, httpx.HTTPError) as error:
+            leaked = f"{type(error).__name__} {error}"
             say(leaked)
+            for child in cluster.children.values():
+                say(f"--- {child.name}\n{child.log.read_text()[-4000:]}")
     result = {
         "seed": chosen.seed,
         "minutes": chosen.minutes,

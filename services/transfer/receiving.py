@@ -27,7 +27,7 @@ from ucxx._lib.arr import Array  # noqa: E402
 log = get_logger(__name__)
 
 _ANY = ucx.UCXXTagMask(0)
-CONTENDED_S = 0.0005
+CONTENDED_S = 9
 """A step that takes longer than any page does has waited for the GIL."""
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeAlias
 
 import pytest
 import uvloop
@@ -26,24 +28,31 @@ KEY = m.Key("r", 0, 1, "e")
 SOON_S = 5.0
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
-def event_loop_policy(request: pytest.FixtureRequest) -> Any:
-    return uvloop.EventLoopPolicy() if request.param == "uvloop" else asyncio.DefaultEventLoopPolicy()
+Closing: TypeAlias = Callable[[Any], Any]
+"""Registers what must be closed at the end of the test, on its loop."""
 
 
-@pytest.fixture
-def closing() -> Iterator[Callable[..., Any]]:
-    """Register what must be closed at the end, by its `close` or `close_all`."""
-    things: list[Any] = []
+def both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run the test under asyncio and under uvloop."""
 
-    def register(thing: Any) -> Any:
-        things.append(thing)
-        return thing
+    def run(loop: str, **arguments: Any) -> None:
+        async def main() -> None:
+            with contextlib.ExitStack() as things:
 
-    yield register
-    for thing in reversed(things):
-        getattr(thing, "close_all", None) and thing.close_all()
-        getattr(thing, "close", None) and not isinstance(thing, TokenPublisher) and thing.close()
+                def closing(thing: Any) -> Any:
+                    things.callback(thing.close_all if isinstance(thing, TokenPublisher) else thing.close)
+                    return thing
+
+                await test(closing, **arguments)
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else asyncio.new_event_loop) as runner:
+            runner.run(main())
+
+    run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
+    _, *others = inspect.signature(test).parameters.values()
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in ("loop", *(other.name for other in others))]
+    run.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+    return pytest.mark.parametrize("loop", ["asyncio", "uvloop"])(run)
 
 
 async def until(condition: Callable[[], object], timeout_s: float = SOON_S) -> None:
@@ -64,11 +73,8 @@ def indices(parcels: list[m.Parcel]) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------- token socket
 
 
-async def test_the_event_loop_is_the_wanted_one(event_loop_policy: Any) -> None:
-    assert isinstance(asyncio.get_running_loop(), uvloop.Loop) == isinstance(event_loop_policy, uvloop.EventLoopPolicy)
-
-
-async def test_nothing_is_sent_before_the_subscription_and_nothing_is_lost_after(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_nothing_is_sent_before_the_subscription_and_nothing_is_lost_after(closing: Closing) -> None:
     parcels: list[m.Parcel] = []
     opened: list[str] = []
     subscriber = closing(TokenSubscriber("gw", "127.0.0.1", parcels.append))
@@ -86,7 +92,8 @@ async def test_nothing_is_sent_before_the_subscription_and_nothing_is_lost_after
     assert subscriber.dropped == 0
 
 
-async def test_opening_twice_changes_nothing_and_closing_ends_it(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_opening_twice_changes_nothing_and_closing_ends_it(closing: Closing) -> None:
     parcels: list[m.Parcel] = []
     subscriber = closing(TokenSubscriber("gw", "127.0.0.1", parcels.append))
     publisher = closing(TokenPublisher("w"))
@@ -99,7 +106,8 @@ async def test_opening_twice_changes_nothing_and_closing_ends_it(closing: Callab
     assert not publisher.is_open("gw") and not publisher.send("gw", words(0))
 
 
-async def test_a_gateway_that_is_gone_closes_the_link(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_gateway_that_is_gone_closes_the_link(closing: Closing) -> None:
     publisher = closing(TokenPublisher("w"))
     subscriber = TokenSubscriber("gw", "127.0.0.1", lambda parcel: None)
     publisher.open("gw", subscriber.address)
@@ -109,7 +117,8 @@ async def test_a_gateway_that_is_gone_closes_the_link(closing: Callable[..., Any
     assert not publisher.send("gw", words(0))
 
 
-async def test_a_link_that_comes_back_opens_again(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_link_that_comes_back_opens_again(closing: Closing) -> None:
     """The same incarnation behind the same address, as after a network that was away."""
     opened: list[str] = []
     publisher = closing(TokenPublisher("w", opened.append))
@@ -140,7 +149,8 @@ def bound(socket: zmq.Socket[bytes], port: int) -> bool:
     return True
 
 
-async def test_a_successor_on_the_same_address_gets_nothing_for_its_predecessor(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_successor_on_the_same_address_gets_nothing_for_its_predecessor(closing: Closing) -> None:
     parcels: list[m.Parcel] = []
     subscriber = TokenSubscriber("old", "127.0.0.1", lambda parcel: None)
     publisher = closing(TokenPublisher("w"))
@@ -160,7 +170,8 @@ async def test_a_successor_on_the_same_address_gets_nothing_for_its_predecessor(
     assert indices(parcels) == [2]
 
 
-async def test_what_is_no_parcel_for_us_is_counted_and_dropped(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_what_is_no_parcel_for_us_is_counted_and_dropped(closing: Closing) -> None:
     parcels: list[m.Parcel] = []
     subscriber = closing(TokenSubscriber("gw", "127.0.0.1", parcels.append))
     raw = new_socket(zmq.XPUB, 100, 1 << 20)
@@ -193,12 +204,16 @@ asyncio.run(main())
 """
 
 
-async def test_a_stopped_reader_is_told_false_and_never_waited_for(closing: Callable[..., Any]) -> None:
+def start_reader() -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", READER]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, cwd=ROOT, env=environment, preexec_fn=die_with_parent)
+
+
+@both_loops
+async def test_a_stopped_reader_is_told_false_and_never_waited_for(closing: Closing) -> None:
     """A send to a stopped process must not block; when it goes on, it gets what was accepted, and new words get through."""
-    reader = subprocess.Popen(
-        [sys.executable, "-c", READER], stdout=subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=die_with_parent,
-    )  # fmt: skip
+    reader = start_reader()
     try:
         assert reader.stdout is not None
         publisher = closing(TokenPublisher("w"))
@@ -230,7 +245,8 @@ async def test_a_stopped_reader_is_told_false_and_never_waited_for(closing: Call
 # -------------------------------------------------------------------------------------------------------- control socket
 
 
-async def test_letters_go_both_ways_in_order(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_letters_go_both_ways_in_order(closing: Closing) -> None:
     at_server: list[m.Letter] = []
     at_client: list[m.Letter] = []
     server = closing(ControlServer("w", "127.0.0.1", at_server.append))
@@ -249,7 +265,8 @@ async def test_letters_go_both_ways_in_order(closing: Callable[..., Any]) -> Non
     assert (server.unopened, client.unopened) == (0, 0)
 
 
-async def test_a_handler_may_answer_at_once(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_handler_may_answer_at_once(closing: Closing) -> None:
     """Sending from within a handler swallows the socket's edge; no message may wait for the next one."""
     server: ControlServer = closing(ControlServer("w", "127.0.0.1", lambda letter: server.send("gw", m.Committed(letter.body.handoff))))  # type: ignore[union-attr]
     answers: list[int] = []
@@ -266,7 +283,8 @@ async def test_a_handler_may_answer_at_once(closing: Callable[..., Any]) -> None
     await until(lambda: len(answers) >= 3000, 20.0)
 
 
-async def test_nobody_there_is_false(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_nobody_there_is_false(closing: Closing) -> None:
     server = closing(ControlServer("w", "127.0.0.1", lambda letter: None))
     client = closing(ControlClient("gw", lambda letter: None))
     assert not server.send("nobody", m.Committed(1))
@@ -279,7 +297,8 @@ async def test_nobody_there_is_false(closing: Callable[..., Any]) -> None:
     assert not client.send("odd", m.Withdraw(1)) and client.peers == set()
 
 
-async def test_a_queue_that_is_full_is_false_and_bounded(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_queue_that_is_full_is_false_and_bounded(closing: Closing) -> None:
     client = closing(ControlClient("gw", lambda letter: None))
     client.connect("w", "tcp://127.0.0.1:9")
     sent = 0
@@ -288,7 +307,8 @@ async def test_a_queue_that_is_full_is_false_and_bounded(closing: Callable[..., 
     assert 1_000 < sent < 50_000
 
 
-async def test_a_successor_on_the_same_address_does_not_open_its_predecessors_mail(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_successor_on_the_same_address_does_not_open_its_predecessors_mail(closing: Closing) -> None:
     opened: list[m.Letter] = []
     first = ControlServer("old", "127.0.0.1", opened.append)
     client = closing(ControlClient("gw", lambda letter: None))
@@ -296,16 +316,15 @@ async def test_a_successor_on_the_same_address_does_not_open_its_predecessors_ma
     client.send("old", m.Withdraw(1))
     await until(lambda: opened)
     first.close()
-    client.send("old", m.Withdraw(2))
     successor = await server_at(first.address, "new", opened.append, closing)
-    await until(lambda: successor.unopened)
+    await until(lambda: client.send("old", m.Withdraw(2)) and successor.unopened)
     client.connect("new", first.address)
     client.send("new", m.Withdraw(3))
     await until(lambda: len(opened) == 2)
     assert [letter.body for letter in opened] == [m.Withdraw(1), m.Withdraw(3)]
 
 
-async def server_at(address: str, name: str, on_letter: Callable[[m.Letter], None], closing: Callable[..., Any]) -> ControlServer:
+async def server_at(address: str, name: str, on_letter: Callable[[m.Letter], None], closing: Closing) -> ControlServer:
     """A server at an address that has just been given up."""
     server: ControlServer = closing(ControlServer(name, "127.0.0.1", on_letter))
     socket = server._pump._socket
@@ -314,7 +333,8 @@ async def server_at(address: str, name: str, on_letter: Callable[[m.Letter], Non
     return server
 
 
-async def test_a_client_reconnects_by_itself_and_a_restarted_peer_can_answer(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_client_reconnects_by_itself_and_a_restarted_peer_can_answer(closing: Closing) -> None:
     letters: list[m.Letter] = []
     answers: list[m.Letter] = []
     first = ControlServer("w", "127.0.0.1", letters.append)
@@ -329,7 +349,8 @@ async def test_a_client_reconnects_by_itself_and_a_restarted_peer_can_answer(clo
     await until(lambda: answers)
 
 
-async def test_the_newer_of_two_clients_with_one_name_gets_the_answers(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_the_newer_of_two_clients_with_one_name_gets_the_answers(closing: Closing) -> None:
     """ROUTER_HANDOVER: a connection that died unnoticed must not shut its successor out."""
     letters: list[m.Letter] = []
     server = closing(ControlServer("w", "127.0.0.1", letters.append))
@@ -345,7 +366,8 @@ async def test_the_newer_of_two_clients_with_one_name_gets_the_answers(closing: 
     assert old == []
 
 
-async def test_letters_that_are_not_for_us_or_lie_about_their_sender_are_not_opened(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_letters_that_are_not_for_us_or_lie_about_their_sender_are_not_opened(closing: Closing) -> None:
     opened: list[m.Letter] = []
     server = closing(ControlServer("w", "127.0.0.1", opened.append))
     raw = new_socket(zmq.DEALER, 100, 1 << 20)
@@ -365,7 +387,8 @@ async def test_letters_that_are_not_for_us_or_lie_about_their_sender_are_not_ope
     assert [letter.body for letter in opened] == [m.Withdraw(3)] and server.unopened == 5
 
 
-async def test_a_client_opens_only_what_its_peer_wrote_to_it(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_client_opens_only_what_its_peer_wrote_to_it(closing: Closing) -> None:
     opened: list[m.Letter] = []
     router = new_socket(zmq.ROUTER, 100, 1 << 20)
     port = router.bind_to_random_port("tcp://127.0.0.1")
@@ -385,37 +408,33 @@ async def test_a_client_opens_only_what_its_peer_wrote_to_it(closing: Callable[.
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "203.0.113.7", "no.such.host.invalid"])
-async def test_a_host_that_cannot_be_announced_is_a_start_error_that_names_it(host: str) -> None:
+@both_loops
+async def test_a_host_that_cannot_be_announced_is_a_start_error_that_names_it(closing: Closing, host: str) -> None:
     for bind in (
         lambda: ControlServer("w", host, lambda letter: None),
         lambda: TokenSubscriber("gw", host, lambda parcel: None),
     ):
         with pytest.raises(StartError, match=host):
-            await asyncio.to_thread(in_a_loop, bind)
+            closing(bind())
 
 
-def in_a_loop(make: Callable[[], Any]) -> None:
-    async def main() -> None:
-        make()
-
-    asyncio.run(main())
-
-
-async def test_a_name_of_this_machine_will_do(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_name_of_this_machine_will_do(closing: Closing) -> None:
     assert closing(ControlServer("w", "localhost", lambda letter: None)).address.startswith("tcp://127.0.0.1:")
 
 
-async def pair_of_pumps(closing: Callable[..., Any], on_frames: Callable[[list[bytes]], None]) -> Pump:
+async def pair_of_pumps(closing: Closing, on_frames: Callable[[list[bytes]], None]) -> Pump:
     """The sending end of a pair whose other end calls `on_frames`."""
-    server = new_socket(zmq.PULL, 100_000, 1 << 20)
+    server = new_socket(zmq.DEALER, 100_000, 1 << 20)
     port = server.bind_to_random_port("tcp://127.0.0.1")
     closing(Pump(server, on_frames))
-    client = new_socket(zmq.PUSH, 100_000, 1 << 20)
+    client = new_socket(zmq.DEALER, 100_000, 1 << 20)
     client.connect(f"tcp://127.0.0.1:{port}")
     return closing(Pump(client, lambda frames: None))  # type: ignore[no-any-return]
 
 
-async def test_a_handler_that_raises_is_reported_and_the_rest_is_still_received(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_handler_that_raises_is_reported_and_the_rest_is_still_received(closing: Closing) -> None:
     reports: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reports.append(context))
     got: list[bytes] = []
@@ -432,7 +451,8 @@ async def test_a_handler_that_raises_is_reported_and_the_rest_is_still_received(
     assert [type(context["exception"]) for context in reports] == [ZeroDivisionError] and "handle" in reports[0]
 
 
-async def test_a_flood_does_not_starve_the_loop(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_flood_does_not_starve_the_loop(closing: Closing) -> None:
     turns: list[int] = []
     got = 0
 
@@ -450,7 +470,8 @@ async def test_a_flood_does_not_starve_the_loop(closing: Callable[..., Any]) -> 
     assert turns and turns[0] <= BURST
 
 
-async def test_a_closed_pump_sends_nothing_and_may_be_closed_again(closing: Callable[..., Any]) -> None:
+@both_loops
+async def test_a_closed_pump_sends_nothing_and_may_be_closed_again(closing: Closing) -> None:
     pump = await pair_of_pumps(closing, lambda frames: None)
     pump.close()
     pump.close()
