@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 from redis.asyncio import Redis
 
 from common import names
+from common.connection import mapped
 from common.errors import MessageError, QueueError, StartError
 from common.logs import get_logger
 from common.messages import Identity, Incarnation, Introduction, decode, encode
-from common.queue import mapped
 
 log = get_logger(__name__)
 

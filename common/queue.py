@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
-from redis.maint_notifications import MaintNotificationsConfig
+from redis.exceptions import ConnectionError, RedisError, ResponseError
 
 from common import names
-from common.errors import MessageError, QueueError, SettingError
+from common.connection import ANSWER_S, connect, mapped
+from common.entries import (
+    Absent,
+    Claimed,
+    Delivered,
+    Entry,
+    EntryState,
+    Pending,
+    Queued,
+    job_of,
+    last_delivered,
+    pending_of,
+    stamp,
+    state_of,
+)
+from common.errors import MessageError, QueueError
 from common.logs import get_logger
 from common.messages import Incarnation, Job, decode, encode
 
+__all__ = ["Absent", "Claimed", "Delivered", "Entry", "EntryState", "JobQueue", "Pending", "Queued", "connect", "mapped"]
+
 log = get_logger(__name__)
 
-CONNECT_S = 2.0
-ANSWER_S = 5.0
-"""Redis answers within this long, or it counts as away."""
 LONGEST_WAIT_S = ANSWER_S / 2
-"""Blocking reads end well before."""
+"""Blocking reads end well before the socket gives up."""
 MAX_JOB_BYTES = 16 << 20
 DEAD_LETTERS = 1000
 """The dead-letter stream keeps about this many."""
@@ -39,75 +49,6 @@ GROUPS_GONE = ("NOGROUP", "no such key")
 """How Redis says that it has been restarted empty."""
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A job's place in the queue."""
-
-    job_class: str
-    id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    entry: Entry
-    job: Job
-
-
-@dataclass(frozen=True, slots=True)
-class Absent:
-    """Not in Redis: acknowledged, or lost with a Redis that restarted empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class Queued:
-    """In the stream, delivered to nobody yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """Delivered to a consumer `idle_s` seconds ago and not acknowledged."""
-
-    consumer: Incarnation
-    idle_s: float
-
-
-EntryState: TypeAlias = Absent | Queued | Pending
-
-
-@dataclass(frozen=True, slots=True)
-class Delivered:
-    """A pending entry with its job (None if it is gone from the stream or unreadable)."""
-
-    entry: Entry
-    state: Pending
-    job: Job | None
-
-
-def connect(url: str) -> Redis:
-    """A client for the queue and the fleet. Raises SettingError on a URL that is none (without showing it: it may hold a password)."""
-    try:
-        return Redis.from_url(
-            url,
-            socket_connect_timeout=CONNECT_S,
-            socket_timeout=ANSWER_S,
-            retry=Retry(NoBackoff(), 0),
-            retry_on_timeout=False,
-            health_check_interval=0,
-            maint_notifications_config=MaintNotificationsConfig(enabled=False),  # enabled, it hands out connections that are closed
-            decode_responses=False,
-        )
-    except ValueError:
-        raise SettingError("redis_url is no Redis URL; it must be like redis://:password@host:6379/0") from None
-
-
-async def mapped(operation: Awaitable[_T]) -> _T:
-    """Redis' errors become ours."""
-    try:
-        return await operation
-    except (RedisError, OSError, TimeoutError) as error:
-        raise QueueError(f"{type(error).__name__}: {error}") from error
 
 
 class JobQueue:
@@ -126,7 +67,8 @@ class JobQueue:
         data = encode(job)
         if len(data) > MAX_JOB_BYTES:
             raise QueueError(f"a job of {len(data)} bytes; the limit is {MAX_JOB_BYTES}")
-        entry = await mapped(self._redis.xadd(self._streams[job_class], {b"job": data}))
+        entry = await self._with_groups(lambda: self._redis.xadd(self._streams[job_class], {b"job": data}), repeat=False)
+        assert isinstance(entry, bytes)
         return Entry(job_class, entry.decode())
 
     async def states(self, entries: list[Entry]) -> dict[Entry, EntryState]:
@@ -146,9 +88,9 @@ class JobQueue:
                 pipe.xrange(stream, min=entry.id, max=entry.id, count=1)
                 pipe.xpending_range(stream, names.GROUP, min=entry.id, max=entry.id, count=1)
             answers = await pipe.execute()
-            delivered = {job_class: _delivered(groups) for job_class, groups in zip(classes, answers, strict=False)}
+            delivered = {job_class: last_delivered(groups) for job_class, groups in zip(classes, answers, strict=False)}
             pairs = zip(answers[len(classes) :: 2], answers[len(classes) + 1 :: 2], strict=True)
-            return {entry: _state(entry, *pair, delivered[entry.job_class]) for entry, pair in zip(entries, pairs, strict=True)}
+            return {entry: state_of(entry, *pair, delivered[entry.job_class]) for entry, pair in zip(entries, pairs, strict=True)}
 
         return await self._with_groups(look) if entries else {}
 
@@ -206,7 +148,7 @@ class JobQueue:
         async def read() -> Any:
             return await self._redis.xreadgroup(names.GROUP, consumer, streams, count=1, block=block_ms)
 
-        answer = await self._with_groups(read) or []
+        answer = await self._with_groups(read, repeat=False) or []
         claimed: list[Claimed] = []
         for stream, messages in answer.items() if isinstance(answer, dict) else answer:
             job_class = self._classes[stream.decode() if isinstance(stream, bytes) else stream]
@@ -243,7 +185,7 @@ class JobQueue:
                     pipe.xrange(stream, min=row["message_id"], max=row["message_id"], count=1)
                 for row, there in zip(rows, await pipe.execute() if rows else [], strict=True):
                     entry = Entry(job_class, row["message_id"].decode())
-                    found.append(Delivered(entry, _pending(row), _job(there)))
+                    found.append(Delivered(entry, pending_of(row), job_of(there)))
             return found
 
         return await self._with_groups(look)
@@ -300,9 +242,9 @@ class JobQueue:
             (seconds, micros), *groups = await pipe.execute()
             oldest = now = float(seconds) + float(micros) / 1e6
             for stream, found in zip(self._classes, groups, strict=True):
-                milliseconds, number = _delivered(found)
+                milliseconds, number = last_delivered(found)
                 rows = await self._redis.xrange(stream, min=f"({milliseconds}-{number}", count=1)
-                oldest = min(oldest, _stamp(rows[0][0])[0] / 1000) if rows else oldest
+                oldest = min(oldest, stamp(rows[0][0])[0] / 1000) if rows else oldest
             return now - oldest
 
         return await self._with_groups(look)
@@ -311,55 +253,32 @@ class JobQueue:
         fields = {b"job": data, b"reason": reason.encode(), b"at": str(time.time()).encode()}
         await mapped(self._redis.xadd(names.dead_letters(self._fleet), fields, maxlen=DEAD_LETTERS, approximate=True))
 
-    async def _with_groups(self, operation: Callable[[], Awaitable[_T]]) -> _T:
-        """Run it; if Redis has lost the groups, make them and run it once more."""
-        try:
-            return await operation()
-        except ResponseError as error:
-            if not any(words in str(error) for words in GROUPS_GONE):  # within a pipeline other words stand before them
-                raise QueueError(str(error)) from error
-        except (RedisError, OSError, TimeoutError) as error:
-            raise QueueError(f"{type(error).__name__}: {error}") from error
+    async def _with_groups(self, operation: Callable[[], Awaitable[_T]], *, repeat: bool = True) -> _T:
+        """Run it; again if Redis had lost the groups, and if the connection was broken and a repetition does no harm."""
+        made = repeated = False
+        while True:
+            try:
+                return await operation()
+            except ResponseError as error:
+                if made or not any(words in str(error) for words in GROUPS_GONE):  # a pipeline puts other words before them
+                    raise QueueError(str(error)) from error
+                made = True
+                await mapped(self._make_groups())
+            except ConnectionError as error:
+                await self._redis.connection_pool.disconnect(inuse_connections=False)
+                if repeated or not repeat:
+                    raise QueueError(f"{type(error).__name__}: {error}") from error
+                repeated = True
+            except (RedisError, OSError, TimeoutError) as error:
+                raise QueueError(f"{type(error).__name__}: {error}") from error
+
+    async def _make_groups(self) -> None:
         for stream in self._classes:
             try:
                 await self._redis.xgroup_create(stream, names.GROUP, id="0", mkstream=True)
             except ResponseError as error:
                 if not str(error).startswith("BUSYGROUP"):
-                    raise QueueError(str(error)) from error
-            except (RedisError, OSError, TimeoutError) as error:
-                raise QueueError(f"{type(error).__name__}: {error}") from error
-        return await mapped(operation())
-
-
-def _stamp(entry_id: bytes | str) -> tuple[int, int]:
-    """An entry's id as (milliseconds, number), which compares as Redis does."""
-    milliseconds, _, number = (entry_id.decode() if isinstance(entry_id, bytes) else entry_id).partition("-")
-    return int(milliseconds), int(number)
-
-
-def _delivered(groups: list[Any]) -> tuple[int, int]:
-    """The last entry that was delivered to anybody, out of XINFO GROUPS."""
-    ours = [group["last-delivered-id"] for group in groups if group["name"] == names.GROUP.encode()]
-    if not ours:
-        raise ResponseError("NOGROUP")
-    return _stamp(ours[0])
-
-
-def _state(entry: Entry, there: list[Any], pending: list[Any], delivered: tuple[int, int]) -> EntryState:
-    if pending:
-        return _pending(pending[0])
-    return Queued() if there and _stamp(entry.id) > delivered else Absent()
-
-
-def _pending(row: Any) -> Pending:
-    return Pending(row["consumer"].decode(), row["time_since_delivered"] / 1000)
-
-
-def _job(there: list[Any]) -> Job | None:
-    try:
-        return decode(there[0][1].get(b"job", b""), Job) if there else None
-    except MessageError:
-        return None
+                    raise
 
 
 def _flat(messages: Any) -> list[tuple[bytes, dict[bytes, bytes]]]:

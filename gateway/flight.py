@@ -98,7 +98,8 @@ class Flight:
     launched: dict[Incarnation, bool] = field(default_factory=dict)
     """Whether the request was part of a launch, by each holder's latest beat."""
     # for later attempts
-    suspicion: int = 0
+    suspects: set[str] = field(default_factory=set)
+    """Deaths during a launch of this request; one that proves to have been a mere silence is taken back."""
     alone: bool = False
     reserve_all: bool = False
 
@@ -114,6 +115,10 @@ class Flight:
     def index(self) -> int:
         """Absolute index of the next token to show."""
         return len(self.accepted)
+
+    @property
+    def suspicion(self) -> int:
+        return len(self.suspects)
 
     @property
     def deadline(self) -> float:

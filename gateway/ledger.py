@@ -149,7 +149,7 @@ class Ledger:
         for flight in list(self._flights.values()):
             launched = flight.launched.pop(worker, False)
             if flight.drop_holder(worker):
-                actions += self._again(flight, now, suspicious=launched)
+                actions += self._again(flight, now, suspect=worker if launched else None)
         return actions
 
     def seen(self, worker: Incarnation) -> list[tuple[Key, int, bool]]:
@@ -223,8 +223,15 @@ class Ledger:
         """Its last word on this execution is known, or of no interest: it may forget it (rule 5)."""
         self._finals.setdefault(sender, set()).add(key)
 
+    def _absolve(self, worker: Incarnation) -> None:
+        """It was only silent: no request has killed it."""
+        for flight in self._flights.values():
+            flight.suspects.discard(worker)
+
     def _beat(self, sender: Incarnation, beat: WorkerBeat, now: float) -> list[Action]:
         """A beat's holdings say again what lost events said, and show what is missing (it cannot overtake tokens)."""
+        if sender not in self._roles:
+            self._absolve(sender)
         self._roles[sender] = beat.role
         actions: list[Action] = []
         for holding in beat.holding:
@@ -289,7 +296,7 @@ class Ledger:
         if event.reason == "refused":
             return self._end(flight, error=RequestError(f"no worker can run this request: {event.detail}"))
         flight.reserve_all = flight.reserve_all or event.reason == "preempted"
-        return self._again(flight, now, suspicious=event.reason == "failed")
+        return self._again(flight, now, suspect=f"{sender} in attempt {flight.attempt}" if event.reason == "failed" else None)
 
     def _resent(self, flight: Flight, sender: Incarnation, event: Resent, now: float) -> list[Action]:
         if event.unknown:
@@ -299,12 +306,13 @@ class Ledger:
             actions += self.event(sender, event.end, now)
         return actions
 
-    def _again(self, flight: Flight, now: float, *, suspicious: bool = False) -> list[Action]:
-        """A new attempt behind the accepted ids, in one step (rule 2)."""
+    def _again(self, flight: Flight, now: float, *, suspect: str | None = None) -> list[Action]:
+        """A new attempt behind the accepted ids, in one step (rule 2). `suspect`: what seems to have died of it (rule 11)."""
         self.recoveries += 1
         actions = self._let_go(flight)
         flight.next_attempt(now)
-        flight.suspicion += suspicious
+        if suspect is not None:
+            flight.suspects.add(suspect)
         if flight.suspicion > ALONE_AT:
             job = flight.job(self._gateway, self._tokens_address, now)
             error = RequestError("workers died while running this request: it is not tried again", code="poison")

@@ -20,7 +20,7 @@ PRIORITY = -5
 
 
 def die_with_parent() -> None:
-    """In the child, before exec: the kernel kills it when the parent's thread that started it ends."""
+    """In the child, before exec: the kernel kills it when the parent's *thread* that started it ends, so start from the main thread."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -99,7 +99,7 @@ async def strike_forever(cluster: Cluster, rng: random.Random, every_s: float, u
             if kind == "redis":
                 assert cluster.valkey is not None
                 say("Redis restarts empty")
-                await asyncio.to_thread(cluster.valkey.restart_empty)
+                cluster.valkey.restart_empty()
             elif child.alive and child.facts is not None and kind == "kill":
                 say(f"SIGKILL {child.name}")
                 cluster.kill(child.name)
@@ -116,7 +116,7 @@ async def strike_forever(cluster: Cluster, rng: random.Random, every_s: float, u
 
 async def restart(cluster: Cluster, name: str, after_s: float) -> None:
     await asyncio.sleep(after_s)
-    await asyncio.to_thread(cluster.restart, name, wait=False)
+    cluster.restart(name, wait=False)
 
 
 async def go_on(cluster: Cluster, name: str, after_s: float) -> None:

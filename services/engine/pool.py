@@ -43,14 +43,14 @@ class Pool:
         return self.tensor[:, layer, 0], self.tensor[:, layer, 1]
 
     def runs(self, pages: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Pages `[..., n]` → `[2, ..., kv_heads, n]`: which rows of the pool, seen as rows of `page_tokens * head_dim`, hold the keys and the
-        values of each KV head in layer 0."""
+        """Pages `[..., n]` → `[2, ..., kv_heads, n]`: which rows hold the keys and the values of each KV head in layer 0, with the pool
+        seen as rows of `page_tokens * head_dim`."""
         heads = self.layout.kv_heads
         first = pages[..., None, :] * (self.layout.layers * 2 * heads) + np.arange(heads)[:, None]
         return np.stack((first, first + heads))
 
     def slots(self, pages: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Pages and places in them, each `[T]` → `[2, T * kv_heads]`: the same for single tokens, with the pool seen as rows of `head_dim`."""
+        """Pages and places in them, each `[T]` → `[2, T * kv_heads]`: the same for tokens, with the pool seen as rows of `head_dim`."""
         return (self.runs(pages[:, None])[..., 0] * self.layout.page_tokens + offsets[:, None]).reshape(2, -1)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:

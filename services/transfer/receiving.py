@@ -6,7 +6,6 @@ through which receives are posted; closing the door cancels them, and each is se
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from ucxx._lib.arr import Array  # noqa: E402
 log = get_logger(__name__)
 
 _ANY = ucx.UCXXTagMask(0)
-CONTENDED_S = 9
-"""A step that takes longer than any page does has waited for the GIL."""
 
 
 @dataclass(slots=True)
@@ -78,16 +75,10 @@ class Receiver:
         self._posted.pop(grant, None)
 
     def work(self) -> bool:
-        """One step of UCX, then what has completed: page by page, checksummed while still in the cache. Whether anything moved.
-
-        Every step gives the GIL away. If a busy engine thread keeps it, all that has come is read in one call instead (64 MiB beside one:
-        60-130 ms instead of 140-180; alone the single steps are better, 10 ms instead of 11).
-        """
-        began = time.monotonic()
+        """One step of UCX, then what has completed: page by page, checksummed while still in the cache. Whether anything moved."""
         moved = self.worker.progress_once()
-        contended = time.monotonic() - began > CONTENDED_S
-        if self._closed is not None or (moved and (contended or not self._checksums)):
-            self.worker.progress()  # also cancels what closing the door has only scheduled
+        if self._closed is not None:
+            self.worker.progress()  # more than a step: cancels what closing the door has only scheduled
         for grant, posted in tuple(self._posted.items()):
             while posted and posted[0][2].completed:
                 moved = True

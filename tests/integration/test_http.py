@@ -11,7 +11,10 @@ import httpx
 import openai
 import pytest
 
-from common.errors import BadRequest, Overloaded, Unavailable
+from common.errors import BadRequest, Overloaded, StartError, Unavailable
+from gateway.app import Bounds, create_app
+from gateway.metrics import Metrics
+from gateway.server import HttpServer
 from gateway.text import HALF
 from tests.integration.echo_desk import Script
 from tests.integration.http_fixtures import NAME, PATIENCE_S, Served, completion, events, serving
@@ -252,6 +255,12 @@ def test_health_and_ready(served: Served) -> None:
     served.desk.identity = None
     assert httpx.get(f"{served.url}/ready").status_code == 503
     assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_a_port_in_use_is_said_at_once(served: Served) -> None:
+    app = create_app(served.desk, served.model, Bounds(1024, 1.0, 1.0, 1.0), Metrics())
+    with pytest.raises(StartError, match=f"127.0.0.1:{served.port}.*in use"):
+        HttpServer(app, "127.0.0.1", served.port)
 
 
 def test_root_points_to_the_api(served: Served) -> None:

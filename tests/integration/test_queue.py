@@ -327,6 +327,16 @@ async def test_whatever_comes_first_after_a_restart_makes_the_groups_anew(own: J
     assert await claim_id(own, "a") == "r2"
 
 
+async def test_no_call_fails_for_a_connection_that_broke_unnoticed(own: JobQueue, valkey: Valkey) -> None:
+    """Several pooled connections are stale, and the loop has not seen it: what may be repeated is, and drops them all."""
+    entry = await own.put(job("r1"), "batch")
+    await asyncio.gather(*[own.depth() for _ in range(10)])
+    valkey.restart_empty()
+    assert await own.states([entry]) == {entry: Absent()}
+    await asyncio.gather(*[own.put(job(str(number)), "batch") for number in range(10)])
+    assert await own.depth() == 10
+
+
 async def test_a_server_that_is_away_is_a_queue_error_at_once(own: JobQueue, valkey: Valkey) -> None:
     entry = await own.put(job("r1"), "batch")
     valkey.kill()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.messages import Key, Sampling
 from services.engine.calibrate import measure
@@ -15,7 +14,7 @@ from services.engine.plan import Chunk, Plan
 from services.engine.pool import Pool
 from services.engine.runner import Runner
 from services.engine.sequence import Sequence
-from tests.references import references
+from tests.references import Reference, references
 
 PAGES = 400
 TOKENS = 64
@@ -103,10 +102,7 @@ def some(count: int, longest: int) -> list[tuple[list[int], list[int]]]:
 def test_references_are_of_this_model(smollm2: Path) -> None:
     """The answers kept in the tests' data are what transformers generates here."""
     ids, output = some(3, 120)[0]
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    with torch.inference_mode():
-        found = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24, min_new_tokens=24, eos_token_id=None)
-    assert found[0, len(ids) :].tolist() == output[:24]
+    assert Reference(smollm2).generate(ids, 24) == output[:24]
 
 
 @pytest.mark.parametrize(("chunk", "ahead"), [(10_000, False), (37, False), (64, True)])
@@ -164,20 +160,18 @@ def test_bf16_draws_what_float32_holds_for_nearly_best(smollm2: Path) -> None:
     assert loaded.dtype is torch.bfloat16
     runner = Runner(loaded, Pool(loaded.layout, PAGES, "cpu"))
     prompts = [ids for ids, _ in some(3, 200)]
-    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    plain = Reference(smollm2)
     for ids, output in zip(prompts, drive(runner, spread(prompts, 32), 64, 32), strict=True):
-        with torch.inference_mode():
-            logits = plain(torch.tensor([ids + output])).logits[0, len(ids) - 1 : -1]
+        logits = plain.logits(ids + output)[len(ids) - 1 : -1]
         behind = logits.amax(-1) - logits[torch.arange(len(output)), torch.tensor(output)]
         assert float(behind.max()) <= epsilon, behind.tolist()
 
 
 def test_it_knows_paris(runner: Runner, smollm2: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    asked = [{"role": "user", "content": "What is the capital of France?"}]
-    ids = tokenizer.encode(tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False), add_special_tokens=False)
+    reference = Reference(smollm2)
+    ids = reference.render("What is the capital of France?")
     (output,) = drive(runner, spread([ids], 12), 100, 12)
-    assert "Paris" in tokenizer.decode(output)
+    assert "Paris" in reference.tokenizer.decode(output)
 
 
 def test_budgets_are_measured_within_limits_and_leave_the_pool_usable(runner: Runner) -> None:

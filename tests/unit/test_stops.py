@@ -53,6 +53,12 @@ def test_a_stop_string_across_pieces() -> None:
     assert stops.hit and stops.end() == ""
 
 
+def test_the_stop_that_is_complete_first_counts() -> None:
+    """In one piece as in three: the longer one begins earlier, but ends later."""
+    together, apart = Stops(["abc", "b"]), Stops(["abc", "b"])
+    assert together.add("abc") == "a" == "".join(apart.add(character) for character in "abc")
+
+
 def test_a_false_alarm_is_shown() -> None:
     stops = Stops(["ab!"])
     assert [stops.add("xab"), stops.add("c"), stops.add("ab"), stops.end()] == ["x", "abc", "", "ab"]

@@ -268,19 +268,35 @@ def test_rule_11_only_deaths_during_its_launches_count_and_the_third_is_the_last
     attempts: list[Job] = []
     for attempt in range(1, 4):
         key = Key("r", 0, attempt, f"e{attempt}" if attempt > 1 else "e")
-        found.join("p", "prefill")
-        found.event("p", Started(key), 1.0)
+        worker = "p" * attempt
+        found.join(worker, "prefill")
+        found.event(worker, Started(key), 1.0)
         outbox = Outbox()
         outbox.hold("g", key, 0)
         outbox.launched(key, True)
         beat = WorkerBeat("prefill", 1, 0, True, 1.0, 0, 0, 0, 0, holding=outbox.holding("g"))
-        found.event("p", beat, 1.0)
-        actions = found.dead("p", 2.0)
+        found.event(worker, beat, 1.0)
+        actions = found.dead(worker, 2.0)
         attempts += [action.job for action in actions if isinstance(action, Put)]
         buried += [action for action in actions if isinstance(action, Bury)]
         ends = [action for action in actions if isinstance(action, End)]
     assert [(job.suspicion, job.alone) for job in attempts] == [(1, False), (2, True)]
     assert len(buried) == 1 and isinstance(ends[0].error, RequestError) and ends[0].error.code == "poison"
+
+
+def test_rule_11_a_worker_that_was_only_silent_is_no_death() -> None:
+    found, key = ledger()
+    outbox = Outbox()
+    outbox.hold("g", key, 0)
+    outbox.launched(key, True)
+    found.event("p", WorkerBeat("prefill", 1, 0, True, 1.0, 0, 0, 0, 0, holding=outbox.holding("g")), 1.0)
+    [first] = [action.job for action in found.dead("p", 4.0) if isinstance(action, Put)]
+    assert first.suspicion == 1
+    found.event("p", WorkerBeat("prefill", 2, 0, False, 1.0, 0, 0, 0, 0), 5.0)
+    found.join("q", "prefill")
+    found.event("q", Started(Key("r", 0, 2, "e2")), 5.0)
+    [second] = [action.job for action in found.dead("q", 8.0) if isinstance(action, Put)]
+    assert second.suspicion == 0
 
 
 def test_rule_11_a_bystander_is_not_suspected() -> None:

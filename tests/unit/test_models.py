@@ -1,0 +1,187 @@
+"""Every kind of model that is supported equals its eager self; every other is refused by name; what is broken on disk is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
+
+from common.errors import StartError
+from common.messages import Key, Layout, Sampling
+from services.engine import weights
+from services.engine.model import load
+from services.engine.plan import Chunk, Plan
+from services.engine.pool import Pool, fit_pages
+from services.engine.runner import Runner
+from services.engine.sequence import Sequence
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 211,
+    "hidden_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 300,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED: dict[str, Any] = {**COMMON, "intermediate_size": 80, "num_key_value_heads": 2}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+SUPPORTED: list[PreTrainedConfig] = [
+    LlamaConfig(**GROUPED),
+    LlamaConfig(**GROUPED, attention_bias=True, rope_parameters=LLAMA3_ROPE),
+    MistralConfig(**GROUPED, sliding_window=None, head_dim=16),
+    Qwen2Config(**GROUPED),
+    Qwen3Config(**GROUPED, head_dim=16),
+    OPTConfig(**COMMON, ffn_dim=80, word_embed_proj_dim=48),
+    OPTConfig(**COMMON, ffn_dim=80, word_embed_proj_dim=24, do_layer_norm_before=False),
+]
+
+
+def saved(config: PreTrainedConfig, folder: Path) -> Any:
+    """A random model of this configuration, written to `folder`; weights large enough that attention matters."""
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, tensor in model.named_parameters():
+        if tensor.dim() == 2:
+            tensor.data.normal_(std=0.25)
+        elif "bias" in name:
+            tensor.data.normal_(std=0.5)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("config", SUPPORTED, ids=lambda c: c.model_type)
+def test_logits_are_those_of_eager(config: PreTrainedConfig, tmp_path: Path) -> None:
+    """Three prompts packed, in chunks, then a step of one token each beside a prompt's chunk: log-probabilities of every drawn row."""
+    eager = saved(config, tmp_path)
+    loaded = load(tmp_path, "cpu", "float32", 4)
+    runner = Runner(loaded, Pool(loaded.layout, 100, "cpu"))
+    kv_heads = getattr(config, "num_key_value_heads", None) or 6
+    assert (loaded.layout.layers, loaded.layout.kv_heads) == (3, kv_heads)
+    assert loaded.layout.head_dim == (getattr(config, "head_dim", None) or 8)
+    assert (loaded.context_tokens, loaded.vocabulary) == (300, 211)
+    ids = torch.randint(3, 211, (3, 90), generator=torch.Generator().manual_seed(1)).tolist()
+    every = Sampling(temperature=0, logprobs=211)
+    sequences = [Sequence(Key(str(i), 0, 0, "e"), ids[i], 90, every, 1) for i in range(3)]
+    for i, sequence in enumerate(sequences):
+        sequence.pages = list(range(i, 100, 3))[:23][::-1]
+    plans = [[(0, 0, 41), (1, 0, 7)], [(1, 7, 60), (2, 0, 1)], [(0, 41, 1), (2, 1, 80), (1, 67, 1)], [(2, 81, 1), (1, 68, 1), (0, 42, 48)]]
+    for number, parts in enumerate(plans):
+        chunks = tuple(Chunk(sequences[i], start, tokens, draws=True, index=0) for i, start, tokens in parts)
+        output = runner.collect(runner.launch(Plan(number, chunks)))
+        for (i, start, tokens), drawn in zip(parts, output.draws, strict=True):
+            with torch.inference_mode():
+                wanted = torch.log_softmax(eager(torch.tensor([ids[i][: start + tokens]])).logits[0, -1], -1)
+            assert drawn is not None and drawn.logprob is not None
+            found = torch.empty(211)
+            for token, value in drawn.logprob.top:
+                found[token] = value
+            assert wanted.std() > 0.05
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+REFUSED: list[tuple[PreTrainedConfig, str]] = [
+    (MistralConfig(**GROUPED, sliding_window=64), "mistral.*sliding-window"),
+    (Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=64, max_window_layers=1), "qwen2.*sliding-window"),
+    (Qwen3Config(**GROUPED, use_sliding_window=True, sliding_window=64, max_window_layers=1), "qwen3.*sliding-window"),
+    (LlamaConfig(**GROUPED, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), "llama.*dynamic"),
+    (T5Config(), "t5.*encoder-decoder.*llama"),
+    (MambaConfig(), "'mamba'.*supported are: llama"),
+    (DeepseekV3Config(), "'deepseek_v3'.*supported are: llama"),
+    (GPT2Config(), "'gpt2'.*supported are: llama"),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), REFUSED, ids=lambda c: getattr(c, "model_type", None))
+def test_other_attention_is_refused_by_name(config: PreTrainedConfig, words: str, tmp_path: Path) -> None:
+    config.save_pretrained(tmp_path)
+    with pytest.raises(StartError, match=words):
+        load(tmp_path, "cpu", "float32", 16)
+
+
+def test_a_window_wider_than_the_context_is_no_window(tmp_path: Path) -> None:
+    saved(MistralConfig(**GROUPED, sliding_window=300), tmp_path)
+    assert load(tmp_path, "cpu", "auto", 16).dtype is torch.float32
+
+
+def test_broken_folders_are_said_in_words(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="no model in"):
+        load(tmp_path / "nothing", "cpu", "auto", 16)
+    saved(LlamaConfig(**GROUPED), tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(StartError, match="cannot load the model"):
+        load(tmp_path, "cpu", "auto", 16)
+    file.unlink()
+    with pytest.raises(StartError, match="cannot load the model"):
+        load(tmp_path, "cpu", "auto", 16)
+
+
+def test_missing_weights_are_never_made_up(tmp_path: Path) -> None:
+    """transformers fills them with random numbers and goes on."""
+    from safetensors.torch import load_file, save_file
+
+    saved(LlamaConfig(**GROUPED), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(StartError, match=r"lack 1 of .*model\.layers\.1\.mlp\.up_proj\.weight"):
+        load(tmp_path, "cpu", "auto", 16)
+
+
+def test_cuda_without_a_card_is_refused(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        return
+    saved(LlamaConfig(**GROUPED), tmp_path)
+    with pytest.raises(StartError, match="no CUDA device"):
+        load(tmp_path, "cuda", "auto", 16)
+
+
+def test_pages_from_free_memory() -> None:
+    layout = Layout(30, 3, 16, 64, "bfloat16")
+    few, many = (fit_pages(layout, torch.device("cpu"), fraction, 10) for fraction in (0.001, 0.1))
+    assert 10 <= few < many
+    with pytest.raises(StartError, match="lower max_request_tokens"):
+        fit_pages(layout, torch.device("cpu"), 0.1, 1 << 40)
+
+
+def test_a_file_that_is_no_gguf_leaves_nothing_behind(tmp_path: Path) -> None:
+    source = tmp_path / "wrong.gguf"
+    source.write_bytes(b"this is no model" * 100)
+    with pytest.raises(StartError, match=r"wrong\.gguf is no GGUF model"):
+        weights.materialise(source, tmp_path / "made" / "model")
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_a_model_that_is_there_is_used_as_it_is(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert weights.materialise(tmp_path / "absent.gguf", folder) == folder
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
