@@ -32,7 +32,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
     )
     metrics = Metrics()
     bounds = Bounds(settings.max_body_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)
-    server = HttpServer(create_app(desk, model, bounds, metrics), settings.http_host, settings.http_port)
+    server = HttpServer(create_app(desk, model, bounds, metrics), settings.http_host, settings.http_port, write_s=settings.write_timeout_s)
     try:
         async with asyncio.TaskGroup() as tasks:
             own = [

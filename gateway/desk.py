@@ -81,6 +81,7 @@ class LiveDesk:
         """Set whenever the last running answer has ended."""
         self._queue: JobQueue | None = None
         self._writes: asyncio.Queue[Put | Remove | Bury] = asyncio.Queue()
+        self._draining = False
         self._undone: list[Put | Remove | Bury] = []
         """What Redis did not take; tried again once a second."""
         self._identity: Identity | None = None
@@ -135,6 +136,8 @@ class LiveDesk:
         return answer
 
     def _admit(self, ask: Ask) -> None:
+        if self._draining:
+            raise Unavailable("the gateway is shutting down")
         identity = self._identity
         roles = self.roles()
         if identity is None or self._queue is None:
@@ -163,13 +166,18 @@ class LiveDesk:
                 tasks.create_task(self._write_forever(), name=f"writer {number}")
 
     async def drain(self, grace_s: float) -> None:
-        """Let running answers finish, at most `grace_s` long, then cancel what is left."""
+        """Take nothing new and let running answers finish, at most `grace_s` long; what is left then ends with an error."""
+        self._draining = True
         if self._answers:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), grace_s)
-        for request_id in list(self._answers):
+        for request_id, answer in list(self._answers.items()):
+            answer.put(Update([], error=Unavailable("the gateway is shutting down")))
             self.cancel(request_id)
-        await self._fleet.leave(self._incarnation)
+        try:
+            await self._fleet.leave(self._incarnation)
+        except QueueError as error:
+            log.warning("left without a word to Redis", error=error)
 
     def close(self) -> None:
         self._subscriber.close()

@@ -30,6 +30,8 @@ from tests.references import references
 CALM_S = 30.0
 """After the last fault everything running must end within this long."""
 DROP_EVERY = 50
+REFUSED_S = 1.0
+"""A client that is refused comes back after this long."""
 
 
 @dataclass
@@ -42,6 +44,7 @@ class Score:
     duplicated: int = 0
     worst_pause_s: float = 0.0
     recovered: int = 0
+    refused: int = 0
     faults: Counter[str] = field(default_factory=Counter)
 
 
@@ -68,14 +71,16 @@ async def ask_forever(
                 heard = await listen(client, cluster.urls[0], body(question.prompt, tokens))
             except httpx.HTTPError as error:
                 heard = Heard(error=f"{type(error).__name__} {error}")
-            judge(score, question, heard, tokens, say)
+            if not judge(score, question, heard, tokens, say):
+                await asyncio.sleep(REFUSED_S)
 
 
-def judge(score: Score, question: Question, heard: Heard, tokens: int, say: Progress) -> None:
+def judge(score: Score, question: Question, heard: Heard, tokens: int, say: Progress) -> bool:
+    """Enter one answer into the score; False if the request was refused before it started (no live worker, Redis away)."""
     if heard.error is not None and heard.error.startswith(("429", "503")) and not heard.text:
         say(f"refused: {heard.error[:120]}")
-        score.faults["refused before the start"] += 1
-        return
+        score.refused += 1
+        return False
     score.requests += 1
     score.worst_pause_s = max(score.worst_pause_s, heard.worst_pause_s)
     score.recovered += heard.timeline.get("attempts", 1) > 1
@@ -87,6 +92,7 @@ def judge(score: Score, question: Question, heard: Heard, tokens: int, say: Prog
     elif heard.text != question.text:
         score.wrong += 1
         say(f"WRONG: {heard.text!r} instead of {question.text!r}")
+    return True
 
 
 async def strike_forever(cluster: Cluster, rng: random.Random, every_s: float, until: float, score: Score, say: Progress) -> None:
@@ -174,6 +180,7 @@ def main() -> int:
         "wrong": score.wrong,
         "leaked": int(bool(leaked)),
         "recovered": score.recovered,
+        "refused": score.refused,
         "worst_pause_s": round(score.worst_pause_s, 2),
     }
     print(json.dumps(result), flush=True)

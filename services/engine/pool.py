@@ -5,6 +5,10 @@ All layers of a page are one run of bytes, so a page is one message for the tran
 
 from __future__ import annotations
 
+import math
+import re
+from pathlib import Path
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,6 +17,7 @@ from torch import Tensor
 from common.errors import StartError
 from common.messages import Layout
 
+CGROUP = Path("/sys/fs/cgroup")
 RESERVE_BYTES = 256 << 20
 """Left free on the device beside the pool, for activations and for what others allocate."""
 
@@ -80,7 +85,7 @@ def _lazy_zeros(size: int) -> Tensor:
 
 def fit_pages(layout: Layout, device: torch.device, fraction: float, needed: int) -> int:
     """Pages that `fraction` of the free memory holds after the reserve, at least `needed`. Raises StartError if those do not fit."""
-    free = _free_bytes(device) - RESERVE_BYTES
+    free = int(_free_bytes(device)) - RESERVE_BYTES
     if free < needed * layout.page_bytes:
         raise StartError(
             f"{free >> 20} MiB are free for KV on {device}, one request of the largest size needs {needed * layout.page_bytes >> 20} MiB: "
@@ -89,11 +94,22 @@ def fit_pages(layout: Layout, device: torch.device, fraction: float, needed: int
     return max(needed, int(free * fraction) // layout.page_bytes)
 
 
-def _free_bytes(device: torch.device) -> int:
+def _free_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with open("/proc/meminfo") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
+                return min(int(line.split()[1]) << 10, _group_free_bytes(CGROUP))
     raise StartError("free memory cannot be read; set pages")
+
+
+def _group_free_bytes(group: Path) -> float:
+    """What a container's limit (cgroup v2) leaves, the file cache counted as free; infinity without a limit."""
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else int(limit) - used + (int(cached[1]) if cached else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from common.messages import Key, Layout, Sampling
 from services.engine import weights
 from services.engine.model import load
 from services.engine.plan import Chunk, Plan
-from services.engine.pool import Pool, fit_pages
+from services.engine.pool import Pool, _group_free_bytes, fit_pages
 from services.engine.runner import Runner
 from services.engine.sequence import Sequence
 
@@ -169,6 +170,15 @@ def test_pages_from_free_memory() -> None:
     assert 10 <= few < many
     with pytest.raises(StartError, match="lower max_request_tokens"):
         fit_pages(layout, torch.device("cpu"), 0.1, 1 << 40)
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    assert _group_free_bytes(tmp_path) == math.inf
+    for name, text in {"memory.max": "1000\n", "memory.current": "700\n", "memory.stat": "anon 5\ninactive_file 250\n"}.items():
+        (tmp_path / name).write_text(text)
+    assert _group_free_bytes(tmp_path) == 550
+    (tmp_path / "memory.max").write_text("max\n")
+    assert _group_free_bytes(tmp_path) == math.inf
 
 
 def test_a_file_that_is_no_gguf_leaves_nothing_behind(tmp_path: Path) -> None:

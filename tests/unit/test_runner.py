@@ -127,9 +127,16 @@ def test_a_page_of_a_former_owner_does_no_harm(runner: Runner, pool: Pool) -> No
     assert drive(runner, spread([ids], 20), 50, 20) == [output[:20]]
 
 
-def test_sampling_does_not_depend_on_chunks_company_or_launching_ahead(runner: Runner) -> None:
-    """Penalties are in the draw: they must count the token that is still pending."""
-    sampling = Sampling(seed=5, temperature=0.8, top_p=0.95, presence_penalty=0.5, frequency_penalty=0.5, repetition_penalty=1.1)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(seed=5, temperature=0.8, top_p=0.95, presence_penalty=0.5, repetition_penalty=1.1),
+        Sampling(temperature=0, frequency_penalty=2.0, logit_bias={500: 40.0}),
+    ],
+    ids=["drawn", "penalised"],
+)
+def test_draws_do_not_depend_on_chunks_company_or_launching_ahead(runner: Runner, sampling: Sampling) -> None:
+    """Penalties must count the token that is still pending: the second one draws the same token until its count outweighs its bias."""
     prompts = [ids for ids, _ in some(3, 200)]
     alone = [drive(runner, spread([ids], 24, sampling), 10_000, 24)[0] for ids in prompts]
     assert drive(runner, spread(prompts, 24, sampling), 40, 24, ahead=True) == alone
