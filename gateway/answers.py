@@ -88,7 +88,7 @@ class Answers:
         finally:
             said.close()
         if wish.timeline:
-            body["baton"] = timeline_body(said.speech.timeline)
+            body["baton"] = timeline_body(said.speech.timeline.settled())
         return JSONResponse(body)
 
     async def _streamed(self, request: Request, said: _Said, wish: Wish, form: Form) -> Response:
@@ -141,7 +141,7 @@ class _Said:
         self._closed = True
         self.speech.cancel()
         usage = self.speech.usage
-        self._metrics.ended(self._outcome, self.speech.timeline, usage.prompt_tokens, usage.completion_tokens)
+        self._metrics.ended(self._outcome, self.speech.timeline.settled(), usage.prompt_tokens, usage.completion_tokens)
 
 
 def outcome(error: RequestError) -> str:
@@ -160,7 +160,7 @@ async def _events(
         while True:
             chunk = form.chunk(piece)
             if piece.finish is not None and wish.timeline:
-                chunk["baton"] = timeline_body(said.speech.timeline)
+                chunk["baton"] = timeline_body(said.speech.timeline.settled())
             if wish.include_usage:
                 chunk["usage"] = None
             yield event(chunk)

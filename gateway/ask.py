@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from common.errors import RequestError
@@ -49,6 +49,12 @@ class Timeline:
     def other_s(self) -> float:
         stages = self.prefill_queue_s + self.prefill_s + self.transfer_s + self.decode_queue_s + self.decode_s
         return self.total_s - stages
+
+    def settled(self) -> Timeline:
+        """A copy in which no stage is below zero. The prefill queue contains the first token's way to the gateway, during which the handoff is
+        under way already; what is counted twice is taken from there."""
+        twice = max(0.0, -self.other_s)
+        return replace(self, prefill_queue_s=max(0.0, self.prefill_queue_s - twice))
 
 
 class Answer(Protocol):

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import socket
 import sys
 import time
+from typing import NoReturn
+
+import httpx
 
 from scripts.launcher.cluster import Cluster, ClusterError, Shape, share_cores
-from scripts.launcher.model import ModelError, obtain
+from scripts.launcher.model import ModelError, name_of, obtain
 from scripts.launcher.show import Progress, stream_answer, timeline_table
 
 QUESTION = "What is the capital of France?"
 
 
-def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="./scripts/demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog="./scripts/demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--once", metavar="QUESTION", help="answer this, then stop")
     parser.add_argument("--model", help="folder, .gguf file or hub id; default: SmolLM2-135M-Instruct, fetched once")
     parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers")
@@ -28,7 +39,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--port", type=int, default=8000, help="of the first gateway")
     parser.add_argument("--max-tokens", type=int, default=256, metavar="N", help="longest first answer")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(argv)
+    if chosen.colocated < 0 or chosen.max_tokens < 1:
+        parser.error("--colocated and --max-tokens cannot be that small")
+    if chosen.redis is not None and not chosen.redis.startswith(("redis://", "rediss://", "unix://")):
+        parser.error("--redis must be like redis://:password@host:6379/0")
     if chosen.colocated:
         chosen.prefill = chosen.decode = 0
     elif chosen.prefill < 1 or chosen.decode < 1:
@@ -40,18 +55,29 @@ def options() -> argparse.Namespace:
 
 def main() -> int:
     chosen = options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     say = Progress()
+    try:
+        return run(chosen, say)
+    except (ModelError, ClusterError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        say("stopped")
+        return 0 if chosen.once is None else 130
+
+
+def run(chosen: argparse.Namespace, say: Progress) -> int:
+    """Everything from the model to the last answer. Raises ModelError and ClusterError."""
     busy = [port for port in range(chosen.port, chosen.port + chosen.gateways) if in_use(port)]
     if busy:
         print(f"port {busy[0]} is in use: choose another with --port", file=sys.stderr)
         return 1
-    try:
-        model = obtain(chosen.model, say)
-    except ModelError as error:
-        print(error, file=sys.stderr)
-        return 1
+    model = obtain(chosen.model, say)
+    name = name_of(chosen.model, model)
     shape = Shape(
         model=model,
+        model_name=name,
         prefill=chosen.prefill,
         decode=chosen.decode,
         colocated=chosen.colocated,
@@ -64,19 +90,10 @@ def main() -> int:
     workers = shape.prefill + shape.decode + shape.colocated
     if shape.device == "cpu" and len(set(share_cores(workers))) < workers:
         say(f"{workers} workers share fewer cores: expect them to wait for each other")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    cluster = Cluster(shape, say)
-    try:
-        with cluster:
-            say(f"starting {', '.join(cluster.children)}")
-            cluster.start()
-            return serve(cluster, model.name, chosen.once, chosen.max_tokens, say)
-    except ClusterError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        say("stopped")
-        return 0
+    with Cluster(shape, say) as cluster:
+        say(f"starting {', '.join(cluster.children)}")
+        cluster.start()
+        return serve(cluster, name, chosen.once, chosen.max_tokens, say)
 
 
 def serve(cluster: Cluster, model: str, once: str | None, max_tokens: int, say: Progress) -> int:
@@ -86,7 +103,7 @@ def serve(cluster: Cluster, model: str, once: str | None, max_tokens: int, say: 
     say(f"asking: {question}")
     try:
         timeline = stream_answer(url, model, question, max_tokens)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, httpx.HTTPError) as error:
         print(f"no answer: {error}", file=sys.stderr)
         return 1
     print(timeline_table(timeline), file=sys.stderr)
@@ -108,12 +125,11 @@ def serve(cluster: Cluster, model: str, once: str | None, max_tokens: int, say: 
 
 def wait_served(url: str, timeout_s: float = 15.0) -> None:
     """Until the gateway has met a worker of each role. Raises ClusterError."""
-    import httpx
-
     give_up = time.monotonic() + timeout_s
     while time.monotonic() < give_up:
-        if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
-            return
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/ready", timeout=5).status_code == 200:
+                return
         time.sleep(0.05)
     raise ClusterError(f"{url} does not become ready")
 

@@ -93,7 +93,10 @@ class Cluster:
         """Start everything and wait until it is ready. Raises ClusterError; nothing is left running then."""
         try:
             if self.valkey is not None:
-                self.valkey.start()
+                try:
+                    self.valkey.start()
+                except (TimeoutError, ImportError) as error:
+                    raise ClusterError(str(error)) from error
                 raise_priority(self.valkey.pid)
             for child in self.children.values():
                 self.launch(child)

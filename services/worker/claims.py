@@ -19,6 +19,8 @@ SWEEP_S = 10.0
 """Between two looks for entries whose gateway is dead."""
 ORPHAN_S = 30.0
 """An entry delivered this long ago whose gateway nobody has heard of belongs to no one."""
+FORGOTTEN_S = 3600.0
+"""A consumer that has neither claimed nor holds anything for this long is a name of the past."""
 
 
 def orphaned(delivered: Delivered, living: set[Incarnation]) -> bool:
@@ -87,5 +89,6 @@ class Claims:
                 if orphans:
                     log.warning("entries of dead gateways removed", entries=len(orphans))
                     await self._queue.remove(*orphans)
+                await self._queue.forget_idle(FORGOTTEN_S)
             except QueueError as error:
                 log.warning("cannot sweep the queue", error=error)

@@ -177,3 +177,11 @@ def test_stages_add_up() -> None:
     stages = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "other")
     assert sum(body[f"{stage}_ms"] for stage in stages) == pytest.approx(body["total_ms"]) == 1000
     assert body["attempts"] == 2 and body["ttft_ms"] == 350
+
+
+def test_a_timeline_never_shows_a_stage_below_zero_and_still_adds_up() -> None:
+    """The first token may be slower on its way to the gateway than the last one: then the stages overlap by the difference."""
+    timeline = Timeline(prefill_queue_s=0.010, prefill_s=0.1, transfer_s=0.02, decode_queue_s=0.0, decode_s=0.2, total_s=0.327)
+    settled = timeline.settled()
+    assert timeline.other_s < 0
+    assert settled.other_s == pytest.approx(0.0) and settled.prefill_queue_s == pytest.approx(0.007)

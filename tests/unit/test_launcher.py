@@ -1,0 +1,85 @@
+"""The launcher's decisions: options, shared cores, names of models, the bar table; and a child that does not outlive its parent."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.launcher.__main__ import options
+from scripts.launcher.cluster import share_cores
+from scripts.launcher.model import name_of
+from scripts.launcher.show import BAR, timeline_table
+
+STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "other")
+
+
+BAD = ["--port 0", "--port 65535", "--gateways 0", "--prefill 0", "--decode 0", "--colocated -1", "--max-tokens 0", "--redis here:6379"]
+BAD += ["--device tpu", "--surprise"]
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_a_bad_option_is_one_line_and_status_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        options(words.split())
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.count("\n") == 1
+    assert words.split()[0].removeprefix("--").removesuffix("s") in said
+
+
+def test_colocated_workers_stand_instead_of_the_two_roles() -> None:
+    chosen = options(["--colocated", "2"])
+    assert (chosen.prefill, chosen.decode, chosen.colocated) == (0, 0, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 5])
+def test_cores_are_shared_evenly_and_apart_while_they_last(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {4, 5, 6, 7})
+    shares = [{int(core) for core in share.split(",")} for share in share_cores(workers)]
+    assert len(shares) == workers
+    if 0 < workers <= 4:
+        assert set().union(*shares) == {4, 5, 6, 7} and sum(map(len, shares)) == 4
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all(share <= {4, 5, 6, 7} and share for share in shares)
+
+
+def test_a_model_is_called_what_people_call_it(tmp_path: Path) -> None:
+    gguf = tmp_path / "tiny.gguf"
+    gguf.touch()
+    assert name_of(None, Path("/models/Small")) == "Small"
+    assert name_of(str(tmp_path), tmp_path) == tmp_path.name
+    assert name_of(str(gguf), tmp_path / "tiny-1234abcd") == "tiny"
+    assert name_of("someone/model", Path("/hub/snapshots/0123abcd")) == "someone/model"
+
+
+def test_the_bars_of_the_timeline_fill_the_total() -> None:
+    timeline = {f"{stage}_ms": 100.0 for stage in STAGES} | {"total_ms": 600.0, "ttft_ms": 200.0}
+    lines = timeline_table(timeline).splitlines()
+    assert len(lines) == 7 and "600.0 ms" in lines[-1]
+    ends = [len(line.split(" ms  ")[1]) for line in lines[:-1]]
+    assert ends == sorted(ends) and abs(ends[-1] - BAR) <= 1
+
+
+PARENT = """
+import subprocess, sys
+from scripts.launcher.child import die_with_parent
+child = subprocess.Popen([sys.executable, "-c", "print('up', flush=True); import signal; signal.pause()"], preexec_fn=die_with_parent)
+print(child.pid, flush=True)
+import signal; signal.pause()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux only")
+def test_a_killed_parent_takes_its_child_along() -> None:
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, cwd=root) as parent:
+        assert parent.stdout is not None
+        said = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+        assert b"up" in said
+        parent.kill()
+        # Both held the pipe: its end means that both are gone.
+        assert parent.stdout.read() == b""
