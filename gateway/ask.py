@@ -51,8 +51,8 @@ class Timeline:
         return self.total_s - stages
 
     def settled(self) -> Timeline:
-        """A copy in which no stage is below zero. The prefill queue contains the first token's way to the gateway, during which the handoff is
-        under way already; what is counted twice is taken from there."""
+        """A copy in which no stage is below zero. The prefill queue contains the first token's way to the gateway, during which the
+        handoff is under way already; what is counted twice is taken from there."""
         twice = max(0.0, -self.other_s)
         return replace(self, prefill_queue_s=max(0.0, self.prefill_queue_s - twice))
 

@@ -163,7 +163,7 @@ class Cluster:
         common = {"model": str(shape.model), "log_level": "info"}
         if shape.model_name is not None:
             common["model_name"] = shape.model_name
-        children = []
+        children: list[Child] = []
         for role, count in counts.items():
             for number in range(count):
                 flags = {**common, "device": shape.device, "dtype": shape.dtype, **shape.worker_flags, **shape.role_flags.get(role, {})}
