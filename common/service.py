@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from common import logs, names
 from common.errors import BatonError, SettingError
@@ -153,6 +154,15 @@ def _signalled(service: Service) -> None:
     if service.stopping.is_set():
         os._exit(1)
     service.stop()
+
+
+def leave(status: int) -> NoReturn:
+    """End the process at once. After a drain nothing is left to tidy up; taking apart the interpreter with torch in it costs seconds, and a
+    library's thread that does not end could hold it up for ever."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def check(settings: CommonSettings) -> int:

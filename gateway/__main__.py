@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 
 from common.names import BEAT_S
 from common.queue import connect
-from common.service import Service, run
+from common.service import Service, leave, run
 from common.settings import GatewaySettings
 from gateway.app import Bounds, create_app
 from gateway.desk import LiveDesk
@@ -65,4 +64,4 @@ async def _export(desk: LiveDesk, metrics: Metrics) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, GatewaySettings, "gateway"))
+    leave(run(main, GatewaySettings, "gateway"))

@@ -1,9 +1,8 @@
 """`python -m services.colocated`: one colocated worker."""
 
-import sys
-
+from common.service import leave
 from services.colocated.worker import ColocatedWorker
 from services.worker.start import start
 
 if __name__ == "__main__":
-    sys.exit(start(ColocatedWorker))
+    leave(start(ColocatedWorker))

@@ -1,9 +1,8 @@
 """`python -m services.decode`: one decode worker."""
 
-import sys
-
+from common.service import leave
 from services.decode.worker import DecodeWorker
 from services.worker.start import start
 
 if __name__ == "__main__":
-    sys.exit(start(DecodeWorker))
+    leave(start(DecodeWorker))
