@@ -29,6 +29,9 @@ log = get_logger(__name__)
 SWITCH_S = 0.0005
 """Python's threads hand over at least this often: a socket must not wait 5 ms for the engine's bookkeeping."""
 CHECK_S = 2.0
+CANCEL_S = 0.2
+OVERDUE_S = 5.0
+"""A process that has not ended this long after its drain's grace is ended."""
 
 S = TypeVar("S", bound=CommonSettings)
 
@@ -104,7 +107,7 @@ async def _live(main: Callable[[S, Service], Awaitable[None]], settings: S, role
     logs.set_up(f"{role}[{service.incarnation[:4]}]", settings.log_level, settings.log_format)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _signalled, service)
+        loop.add_signal_handler(number, _signalled, service, settings.drain_s)
     loop.set_exception_handler(partial(_stray, service))
     try:
         service.unready()
@@ -149,11 +152,26 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def _signalled(service: Service) -> None:
-    """The first signal asks for a drain, the second ends the process."""
+def _signalled(service: Service, drain_s: float) -> None:
+    """The first signal asks for a drain, the second ends the process; so does a drain that does not end."""
     if service.stopping.is_set():
         os._exit(1)
     service.stop()
+    asyncio.get_running_loop().call_later(drain_s + OVERDUE_S, _overdue)
+
+
+def _overdue() -> None:
+    log.error("the drain does not end")
+    os._exit(1)
+
+
+async def end(*tasks: asyncio.Task[None]) -> None:
+    """Cancel until they have ended: a library may swallow one cancellation (redis-py was seen to), and the task would go on."""
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_S)
 
 
 def leave(status: int) -> NoReturn:

@@ -6,7 +6,7 @@ import asyncio
 
 from common.names import BEAT_S
 from common.queue import connect
-from common.service import Service, leave, run
+from common.service import Service, end, leave, run
 from common.settings import GatewaySettings
 from gateway.app import Bounds, create_app
 from gateway.desk import LiveDesk
@@ -35,7 +35,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             own = [
-                tasks.create_task(desk.run(), name="desk"),
+                *desk.start(tasks),
                 tasks.create_task(_export(desk, metrics), name="metrics"),
             ]
             http = tasks.create_task(server.run(), name="http")
@@ -44,8 +44,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
             await desk.drain(settings.drain_s)
             server.stop()
             await http
-            for task in own:
-                task.cancel()
+            await end(*own)
     finally:
         desk.close()
         await redis.aclose()

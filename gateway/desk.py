@@ -58,7 +58,7 @@ class LiveAnswer:
 
 
 class LiveDesk:
-    """The gateway's Desk over a real fleet. `run` keeps it going until cancelled."""
+    """The gateway's Desk over a real fleet. `start` sets it going."""
 
     def __init__(
         self, incarnation: Incarnation, redis: Redis, fleet: str, host: str, tokenizer: str, *, max_running: int, max_queued: int
@@ -155,15 +155,15 @@ class LiveDesk:
 
     # ------------------------------------------------------------------------------------------------------- its tasks
 
-    async def run(self) -> None:
-        """Everything the desk does by itself; returns only by cancellation or failure."""
+    def start(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Everything the desk does by itself, until it is cancelled."""
         introduction = Introduction("gateway", self._incarnation, "", "")
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._fleet.keep(introduction, None, self._introduced), name="fleet")
-            tasks.create_task(self._beat_forever(), name="beats")
-            tasks.create_task(self._judge_forever(), name="judge")
-            for number in range(WRITERS):
-                tasks.create_task(self._write_forever(), name=f"writer {number}")
+        return [
+            tasks.create_task(self._fleet.keep(introduction, None, self._introduced), name="fleet"),
+            tasks.create_task(self._beat_forever(), name="beats"),
+            tasks.create_task(self._judge_forever(), name="judge"),
+            *(tasks.create_task(self._write_forever(), name=f"writer {number}") for number in range(WRITERS)),
+        ]
 
     async def drain(self, grace_s: float) -> None:
         """Take nothing new and let running answers finish, at most `grace_s` long; what is left then ends with an error."""

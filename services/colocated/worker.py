@@ -61,9 +61,11 @@ class ColocatedWorker(Worker[Action]):
     def woken(self) -> None:
         self._claims.wake()
 
-    def own_tasks(self, tasks: asyncio.TaskGroup) -> None:
-        tasks.create_task(self._claims.run(), name="claims")
-        tasks.create_task(self._claims.sweep(lambda: self.gateways.alive), name="sweep")
+    def own_tasks(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        return [
+            tasks.create_task(self._claims.run(), name="claims"),
+            tasks.create_task(self._claims.sweep(lambda: self.gateways.alive), name="sweep"),
+        ]
 
     def _wanted_tokens(self) -> int:
         """Room for new prompts in the next launch, while there are pages and places in the batch."""

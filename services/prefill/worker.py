@@ -86,9 +86,11 @@ class PrefillWorker(Worker[Action]):
     def woken(self) -> None:
         self._claims.wake()
 
-    def own_tasks(self, tasks: asyncio.TaskGroup) -> None:
-        tasks.create_task(self._claims.run(), name="claims")
-        tasks.create_task(self._claims.sweep(lambda: self.gateways.alive), name="sweep")
+    def own_tasks(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        return [
+            tasks.create_task(self._claims.run(), name="claims"),
+            tasks.create_task(self._claims.sweep(lambda: self.gateways.alive), name="sweep"),
+        ]
 
     def introduced(self, members: dict[Incarnation, Introduction], identity: Identity | None) -> None:
         self._peers.introduced(members)

@@ -21,7 +21,7 @@ from common.logs import get_logger
 from common.messages import Identity, Incarnation, Introduction, Key, Letter, Role, WorkerBeat
 from common.names import BEAT_S
 from common.queue import Entry, JobQueue
-from common.service import Service
+from common.service import Service, end
 from common.settings import WorkerSettings
 from services.engine.engine import Engine
 from services.engine.plan import Outcome, Snapshot
@@ -105,8 +105,9 @@ class Worker(ABC, Generic[A]):
     def woken(self) -> None:
         """The engine has taken a step."""
 
-    def own_tasks(self, tasks: asyncio.TaskGroup) -> None:
-        """Start what the role runs besides."""
+    def own_tasks(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Start what the role runs besides, until it drains."""
+        return []
 
     def own_figures(self) -> dict[str, float]:
         """Further figures of this role."""
@@ -128,23 +129,18 @@ class Worker(ABC, Generic[A]):
                     tasks.create_task(self._beat_forever(), name="beats"),
                     tasks.create_task(self._acknowledge_forever(), name="acknowledge"),
                 ]
-                inner = tasks.create_task(self._run_own(), name=self.role)
+                own = self.own_tasks(tasks)
                 self.service.ready(control=self.server.address, metrics_port=figures.port)
                 await self.service.stopping.wait()
-                inner.cancel()
+                await end(*own)
                 await self._drain()
-                for task in background:
-                    task.cancel()
+                await end(*background)
         finally:
             figures.close()
             self.engine.stop(self.settings.drain_s)
             self.gateways.close()
             self.server.close()
             self.close()
-
-    async def _run_own(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            self.own_tasks(tasks)
 
     async def _drain(self) -> None:
         """Hand everything back (rule 12) and wait until the gateways have acknowledged it, or the grace ends."""
