@@ -166,7 +166,7 @@ def _overdue() -> None:
 
 
 async def end(*tasks: asyncio.Task[None]) -> None:
-    """Cancel until they have ended: a library may swallow one cancellation (redis-py was seen to), and the task would go on."""
+    """Cancel until they have ended: a library may swallow one cancellation, and the task would go on."""
     left = {task for task in tasks if not task.done()}
     while left:
         for task in left:
