@@ -127,6 +127,7 @@ class Job(Struct, frozen=True, tag=True):
     """Where the gateway's token socket is bound."""
     prompt: list[int]
     choices: list[Choice]
+    """The first one leads: its prompt is computed and handed over. The others start on its pages where it draws its tokens."""
     sampling: Sampling
     max_tokens: int
     """Output tokens of a choice in all, those already accepted included."""
@@ -136,7 +137,6 @@ class Job(Struct, frozen=True, tag=True):
     """Seconds left, when the job was put, until nobody waits for it any more."""
     age_s: float = 0.0
     """Seconds between acceptance at the gateway and the put: preemption takes the youngest."""
-    priority: int = 0
     reserve_all: bool = False
     """Reserve every page the request may ever need: set after a preemption, so that it is not the victim twice."""
     suspicion: int = 0

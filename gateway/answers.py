@@ -7,7 +7,7 @@ import secrets
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -16,10 +16,11 @@ from common.errors import RequestError
 from common.logs import get_logger
 from gateway.ask import Desk
 from gateway.bodies import read_body
+from gateway.chorus import Chorus
 from gateway.metrics import Metrics
 from gateway.parameters import Limits, Wish, parse
 from gateway.prompts import Model
-from gateway.replies import Form, error_body, timeline_body
+from gateway.replies import Form, error_body, server_timing, timeline_body
 from gateway.speech import Broken, Piece, Speech
 from gateway.sse import DONE, KEEP_ALIVE_S, EventStream, event, gone
 
@@ -29,6 +30,8 @@ THREAD_BYTES = 8192
 """Bodies larger than this are parsed and tokenised on a thread, so that no stream waits for them."""
 
 R = TypeVar("R")
+Words: TypeAlias = tuple[int, Piece]
+"""A piece, and the choice it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +60,12 @@ class Answers:
         try:
             body = await read_body(request, self._bounds.max_body_bytes, self._bounds.body_s)
             wish = await self._wish(body, chat=chat)
-            answer = self._desk.submit(wish.ask)
+            chorus = self._chorus(wish)
         except RequestError as error:
             self._metrics.refused(outcome(error))
             raise
-        said = _Said(Speech(answer, wish, self._model), self._metrics)
-        form = Form(("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), chat, self._model, wish.ask.sampling.logprobs)
+        said = _Said(chorus, self._metrics)
+        form = Form(("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), chat, self._model, wish.asks[0].sampling.logprobs)
         if wish.stream:
             return await self._streamed(request, said, wish, form)
         return await self._whole(request, said, wish, form)
@@ -77,19 +80,37 @@ class Answers:
             return await asyncio.to_thread(parse, body, self._model, limits, chat=chat)
         return parse(body, self._model, limits, chat=chat)
 
+    def _chorus(self, wish: Wish) -> Chorus:
+        """All prompts are accepted, or none."""
+        speeches: list[Speech] = []
+        try:
+            for ask in wish.asks:
+                before = self._model.decode(ask.prompt) if wish.echo else ""
+                answers = self._desk.submit(ask)
+                speeches += [Speech(answer, ask, wish.stops, self._model, before=before) for answer in answers]
+        except BaseException:
+            Chorus(speeches, 1).cancel()
+            raise
+        return Chorus(speeches, wish.asks[0].n)
+
     async def _whole(self, request: Request, said: _Said, wish: Wish, form: Form) -> Response:
-        async def collect() -> list[Piece]:
+        answers: list[list[Piece]] = [[] for _ in said.chorus.speeches]
+
+        async def collect() -> None:
             async with aclosing(said.pieces()) as pieces:
-                return [piece async for piece in pieces]
+                async for choice, piece in pieces:
+                    answers[choice].append(piece)
 
         try:
             collecting = await _unless_gone(request, collect())
-            body = form.whole(collecting.result(), said.speech.usage)
+            collecting.result()
+            body = form.whole(answers, said.chorus.usage)
         finally:
             said.close()
+        timeline = said.chorus.timeline.settled()
         if wish.timeline:
-            body["baton"] = timeline_body(said.speech.timeline.settled())
-        return JSONResponse(body)
+            body["baton"] = timeline_body(timeline)
+        return JSONResponse(body, headers={"Server-Timing": server_timing(timeline)})
 
     async def _streamed(self, request: Request, said: _Said, wish: Wish, form: Form) -> Response:
         """What fails before the first piece has its proper status, unless that piece is so long in coming that the client must be told that
@@ -107,26 +128,26 @@ class Answers:
             first.cancel()
             said.close()
 
-        return EventStream(_events(said, first, pieces, wish, form), write_s=self._bounds.write_s, close=close)
+        headers = {"Server-Timing": server_timing(said.chorus.timeline.settled())} if first.done() else {}
+        return EventStream(_events(said, first, pieces, wish, form), write_s=self._bounds.write_s, close=close, headers=headers)
 
 
 class _Said:
-    """An answer being said: counted once, however it ends, and cancelled with its end."""
+    """Answers being said: each counted once, however it ends, and cancelled with its end."""
 
-    def __init__(self, speech: Speech, metrics: Metrics) -> None:
-        self.speech = speech
+    def __init__(self, chorus: Chorus, metrics: Metrics) -> None:
+        self.chorus = chorus
         self._metrics = metrics
         self._outcome = "cancelled"
+        """Of those that have not finished."""
         self._closed = False
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """Raises the RequestError with which the answer failed; what is not one is logged and becomes a 500."""
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """Raises the RequestError with which an answer failed; what is not one is logged and becomes a 500."""
         try:
-            async with aclosing(self.speech.pieces()) as pieces:
-                async for piece in pieces:
-                    if piece.finish is not None:
-                        self._outcome = piece.finish
-                    yield piece
+            async with aclosing(self.chorus.pieces()) as pieces:
+                async for said in pieces:
+                    yield said
         except RequestError as error:
             self._outcome = outcome(error)
             raise
@@ -139,9 +160,10 @@ class _Said:
         if self._closed:
             return
         self._closed = True
-        self.speech.cancel()
-        usage = self.speech.usage
-        self._metrics.ended(self._outcome, self.speech.timeline.settled(), usage.prompt_tokens, usage.completion_tokens)
+        self.chorus.cancel()
+        for speech in self.chorus.speeches:
+            usage = speech.usage
+            self._metrics.ended(speech.finish or self._outcome, speech.timeline.settled(), usage.prompt_tokens, usage.completion_tokens)
 
 
 def outcome(error: RequestError) -> str:
@@ -150,25 +172,26 @@ def outcome(error: RequestError) -> str:
 
 
 async def _events(
-    said: _Said, first: asyncio.Task[Piece], pieces: AsyncGenerator[Piece, None], wish: Wish, form: Form
+    said: _Said, first: asyncio.Task[Words], pieces: AsyncGenerator[Words, None], wish: Wish, form: Form
 ) -> AsyncGenerator[str, None]:
     """The stream's events. An error after its start is an event, too, and the last one."""
     try:
-        if (opening := form.opening()) is not None:
-            yield event(opening)
-        piece = await first
-        while True:
-            chunk = form.chunk(piece)
+        speeches = said.chorus.speeches
+        for choice in range(len(speeches)):
+            if (opening := form.opening(choice)) is not None:
+                yield event(opening)
+        words: Words | None = await first
+        while words is not None:
+            choice, piece = words
+            chunk = form.chunk(choice, piece)
             if piece.finish is not None and wish.timeline:
-                chunk["baton"] = timeline_body(said.speech.timeline.settled())
+                chunk["baton"] = timeline_body(speeches[choice].timeline.settled())
             if wish.include_usage:
                 chunk["usage"] = None
             yield event(chunk)
-            if piece.finish is not None:
-                break
-            piece = await anext(pieces)
+            words = await anext(pieces, None)
         if wish.include_usage:
-            yield event(form.last(said.speech.usage))
+            yield event(form.last(said.chorus.usage))
         yield DONE
     except RequestError as error:
         yield event(error_body(error))
@@ -178,7 +201,7 @@ async def _events(
         await pieces.aclose()
 
 
-async def _next(pieces: AsyncGenerator[Piece, None]) -> Piece:
+async def _next(pieces: AsyncGenerator[Words, None]) -> Words:
     return await anext(pieces)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -12,7 +12,7 @@ from common.messages import FinishReason, Identity, Sampling, Token
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A validated, tokenised request for one answer."""
+    """A validated, tokenised request for `n` answers to one prompt."""
 
     prompt: list[int]
     sampling: Sampling
@@ -20,7 +20,7 @@ class Ask:
     stop_ids: list[int] = field(default_factory=list)
     deadline_s: float = 600.0
     job_class: str = "interactive"
-    priority: int = 0
+    n: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ class Desk(Protocol):
     def roles(self) -> dict[str, int]:
         """Live workers by role."""
 
-    def submit(self, ask: Ask) -> Answer:
-        """Raises Unavailable (a role has no live worker, Redis is away), Overloaded, or BadRequest (larger than the fleet allows).
-        The answer is cancelled if it is not iterated."""
+    def submit(self, ask: Ask) -> Sequence[Answer]:
+        """One answer for each choice. Raises Unavailable (a role has no live worker, Redis is away), Overloaded, or BadRequest (larger
+        than the fleet allows).
+
+        Answers that are not wanted any more must be cancelled, the last choice first: the others may depend on the first one."""

@@ -21,7 +21,7 @@ from common.queue import Entry, JobQueue
 from common.tokens import TokenSubscriber
 from gateway.ask import Ask, Timeline, Update
 from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
-from gateway.ledger import Ledger
+from gateway.ledger import FlightId, Ledger
 
 log = get_logger(__name__)
 
@@ -33,8 +33,8 @@ WRITERS = 4
 class LiveAnswer:
     """A running answer: the ledger's words wait here until the client's side takes them (at most `max_tokens` of them)."""
 
-    def __init__(self, desk: LiveDesk, request_id: str, timeline: Timeline) -> None:
-        self.request_id = request_id
+    def __init__(self, desk: LiveDesk, flight: FlightId, timeline: Timeline) -> None:
+        self._flight = flight
         self.timeline = timeline
         self._desk = desk
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
@@ -51,7 +51,7 @@ class LiveAnswer:
 
     def cancel(self) -> None:
         self._over = True
-        self._desk.cancel(self.request_id)
+        self._desk.cancel(self._flight)
 
     def put(self, update: Update) -> None:
         self._updates.put_nowait(update)
@@ -74,7 +74,7 @@ class LiveDesk:
         self._ledger = Ledger(incarnation, self._subscriber.address)
         self._liveness = Liveness()
         self._beats: dict[Incarnation, WorkerBeat] = {}
-        self._answers: dict[str, LiveAnswer] = {}
+        self._answers: dict[FlightId, LiveAnswer] = {}
         self._alone: set[str] = set()
         """Requests for which we hold the fleet's right to run alone."""
         self._idle = asyncio.Event()
@@ -100,7 +100,7 @@ class LiveDesk:
 
     @property
     def running(self) -> int:
-        """Requests accepted and not ended."""
+        """Answers accepted and not ended."""
         return len(self._ledger)
 
     @property
@@ -115,22 +115,23 @@ class LiveDesk:
                 count[beat.role] = count.get(beat.role, 0) + 1
         return count
 
-    def submit(self, ask: Ask) -> LiveAnswer:
+    def submit(self, ask: Ask) -> list[LiveAnswer]:
         self._admit(ask)
         request_id = secrets.token_hex(12)
         actions = self._ledger.open(request_id, ask, time.monotonic())
-        answer = LiveAnswer(self, request_id, self._ledger.timeline(request_id))
-        self._answers[request_id] = answer
+        flights = [(request_id, choice) for choice in range(ask.n)]
+        answers = [LiveAnswer(self, flight, self._ledger.timeline(*flight)) for flight in flights]
+        self._answers.update(zip(flights, answers, strict=True))
         self._idle.clear()
         self._do(actions)
-        return answer
+        return answers
 
-    def cancel(self, request_id: str) -> None:
-        if self._take(request_id) is not None:
-            self._do(self._ledger.cancel(request_id))
+    def cancel(self, flight: FlightId) -> None:
+        if self._take(flight) is not None:
+            self._do(self._ledger.cancel(*flight, time.monotonic()))
 
-    def _take(self, request_id: str) -> LiveAnswer | None:
-        answer = self._answers.pop(request_id, None)
+    def _take(self, flight: FlightId) -> LiveAnswer | None:
+        answer = self._answers.pop(flight, None)
         if not self._answers:
             self._idle.set()
         return answer
@@ -150,7 +151,7 @@ class LiveDesk:
         limit = identity.max_request_pages * identity.page_tokens
         if tokens > limit:
             raise BadRequest(f"prompt and max_tokens are {tokens} tokens, this fleet serves {limit} a request", param="max_tokens")
-        if len(self._ledger) >= self._max_running or self._ledger.queued >= self._max_queued:
+        if len(self._ledger) + ask.n > self._max_running or self._ledger.queued >= self._max_queued:
             raise Overloaded("too many requests are waiting: try again later", retry_after_s=self._ledger.retry_after_s(time.monotonic()))
 
     # ------------------------------------------------------------------------------------------------------- its tasks
@@ -171,9 +172,9 @@ class LiveDesk:
         if self._answers:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), grace_s)
-        for request_id, answer in list(self._answers.items()):
+        for flight, answer in reversed(list(self._answers.items())):
             answer.put(Update([], error=Unavailable("the gateway is shutting down")))
-            self.cancel(request_id)
+            self.cancel(flight)
         try:
             await self._fleet.leave(self._incarnation)
         except QueueError as error:
@@ -274,11 +275,11 @@ class LiveDesk:
                     self._writes.put_nowait(action)
                 case Tell(to, body):
                     self._control.send(to, body)
-                case Show(request_id, _, tokens):
-                    if (answer := self._answers.get(request_id)) is not None:
+                case Show(request_id, choice, tokens):
+                    if (answer := self._answers.get((request_id, choice))) is not None:
                         answer.put(Update(tokens))
-                case End(request_id, _, tokens, finish, error):
-                    if (answer := self._take(request_id)) is not None:
+                case End(request_id, choice, tokens, finish, error):
+                    if (answer := self._take((request_id, choice))) is not None:
                         answer.put(Update(tokens, finish, error))
 
     async def _write_forever(self) -> None:

@@ -102,6 +102,11 @@ class Flight:
     """Deaths during a launch of this request; one that proves to have been a mere silence is taken back."""
     alone: bool = False
     reserve_all: bool = False
+    # choices of one request
+    rides: int | None = None
+    """The choice with whose job it travels, until a worker speaks of it by itself."""
+    settled_at: float | None = None
+    """Since when the present attempt is where its riders start."""
 
     @property
     def id(self) -> tuple[str, int]:
@@ -131,19 +136,22 @@ class Flight:
             return "stop"
         return "length" if self.index >= self.ask.max_tokens else None
 
-    def job(self, gateway: Incarnation, tokens_address: str, now: float) -> Job:
+    @property
+    def as_choice(self) -> Choice:
+        return Choice(self.choice, self.attempt, list(self.accepted))
+
+    def job(self, gateway: Incarnation, tokens_address: str, riders: list[Flight], now: float) -> Job:
         return Job(
             request_id=self.request_id,
             gateway=gateway,
             tokens_address=tokens_address,
             prompt=self.ask.prompt,
-            choices=[Choice(self.choice, self.attempt, list(self.accepted))],
+            choices=[self.as_choice, *(rider.as_choice for rider in riders)],
             sampling=self.ask.sampling,
             max_tokens=self.ask.max_tokens,
             stop_ids=self.ask.stop_ids,
             deadline_s=self.deadline - now,
             age_s=now - self.accepted_at,
-            priority=self.ask.priority,
             reserve_all=self.reserve_all,
             suspicion=self.suspicion,
             alone=self.alone,
@@ -152,12 +160,13 @@ class Flight:
     def start(self, execution: str) -> None:
         self.execution = execution
         self.put_again_at = None
+        self.rides = None
 
     def next_attempt(self, now: float) -> None:
         self.attempt += 1
         self.first_index = self.index
         self.timeline.attempts = self.attempt
-        self.execution = self.prefill = self.decode = None
+        self.execution = self.prefill = self.decode = self.rides = self.settled_at = None
         self.handed = False
         self.holders.clear()
         self.launched.clear()

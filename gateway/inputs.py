@@ -7,11 +7,20 @@ from typing import Any
 from common.errors import BadRequest
 from gateway.prompts import Model
 
+MOST_PROMPTS = 32
 
-def prompt_ids(fields: dict[str, Any], model: Model) -> list[int]:
+
+def prompts_ids(fields: dict[str, Any], model: Model) -> list[list[int]]:
+    """One prompt or several."""
     prompt = fields.get("prompt")
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        prompt = prompt[0]
+    if not isinstance(prompt, list) or not prompt or not all(isinstance(one, str | list) for one in prompt):
+        return [_prompt_ids(prompt, model)]
+    if len(prompt) > MOST_PROMPTS:
+        raise BadRequest(f"{len(prompt)} prompts in one request; there may be {MOST_PROMPTS}", param="prompt")
+    return [_prompt_ids(one, model) for one in prompt]
+
+
+def _prompt_ids(prompt: Any, model: Model) -> list[int]:
     if isinstance(prompt, str):
         return model.encode(prompt)
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
@@ -21,9 +30,7 @@ def prompt_ids(fields: dict[str, Any], model: Model) -> list[int]:
         if bad is not None:
             raise BadRequest(f"prompt holds the id {str(bad)[:20]}; ids are 0 to {model.vocabulary - 1}", param="prompt")
         return prompt
-    if isinstance(prompt, list) and all(isinstance(one, str | list) for one in prompt):
-        raise BadRequest("several prompts in one request are not supported yet", param="prompt", code="unsupported_parameter")
-    raise BadRequest("prompt must be a string or a list of whole numbers, the token ids", param="prompt")
+    raise BadRequest("prompt must be a string, a list of whole numbers (the token ids), or a list of such prompts", param="prompt")
 
 
 def message_ids(fields: dict[str, Any], model: Model) -> list[int]:

@@ -56,15 +56,17 @@ class Ledger:
     # ------------------------------------------------------------------------------------------------ the client's side
 
     def open(self, request_id: str, ask: Ask, now: float) -> list[Action]:
-        """Accept a request: it is put in its class of the queue."""
-        flight = Flight(request_id, 0, ask, now)
-        self._flights[flight.id] = flight
-        return [self._put(flight, now)]
+        """Accept a request: it is put in its class of the queue, all of its choices as one job."""
+        flights = [Flight(request_id, choice, ask, now) for choice in range(ask.n)]
+        for flight in flights:
+            flight.rides = 0 if flight.choice else None
+            self._flights[flight.id] = flight
+        return [self._put(flights[0], now)]
 
-    def cancel(self, request_id: str, choice: int = 0) -> list[Action]:
-        """Nobody waits for it any more (rule 13)."""
+    def cancel(self, request_id: str, choice: int, now: float) -> list[Action]:
+        """Nobody waits for this choice any more (rule 13)."""
         flight = self._flights.pop((request_id, choice), None)
-        return [] if flight is None else self._let_go(flight)
+        return [] if flight is None else [*self._let_go(flight), *self._promote(flight, now)]
 
     # ------------------------------------------------------------------------------------------------- the queue's side
 
@@ -85,7 +87,7 @@ class Ledger:
         if flight.execution is not None:
             return []  # it had entered all the same
         if attempt == 1:
-            return self._end(flight, error=Unavailable("the job queue cannot be reached: try again later"))
+            return self._end(flight, now, error=Unavailable("the job queue cannot be reached: try again later"))
         flight.put_again_at = now + PUT_RETRY_S
         return []
 
@@ -131,6 +133,8 @@ class Ledger:
                 return []
             case Tokens():
                 flight.spent(self._roles.get(sender), event, now)
+                if self._roles.get(sender) == "colocated":
+                    flight.settled_at = flight.settled_at or now
                 return self._tokens(flight, sender, event.tokens, now)
             case Handed():
                 return self._handed(flight, sender, event, now)
@@ -165,7 +169,10 @@ class Ledger:
         actions: list[Action] = []
         for flight in list(self._flights.values()):
             if now >= flight.deadline:
-                actions += self._end(flight, error=Unavailable("the request's deadline has passed", code="deadline_exceeded"))
+                actions += self._end(flight, now, error=Unavailable("the request's deadline has passed", code="deadline_exceeded"))
+            elif self._stranded(flight, now):
+                flight.next_attempt(now)
+                actions.append(self._put(flight, now))
             elif flight.put_again_at is not None and now >= flight.put_again_at:
                 actions.append(self._put(flight, now))
             elif flight.execution is not None:
@@ -180,7 +187,7 @@ class Ledger:
     @property
     def queued(self) -> int:
         """Accepted and not yet started by any worker."""
-        return sum(flight.execution is None for flight in self._flights.values())
+        return len(self._waiting())
 
     def timeline(self, request_id: str, choice: int = 0) -> Timeline:
         """The live timeline of an open request."""
@@ -192,10 +199,36 @@ class Ledger:
 
     def retry_after_s(self, now: float) -> float:
         """How long the longest waiting request has waited: as long as a newcomer should stay away at least."""
-        waits = [now - flight.put_at for flight in self._flights.values() if flight.execution is None]
+        waits = [now - flight.put_at for flight in self._waiting()]
         return min(30.0, max([1.0, *waits]))
 
     # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _waiting(self) -> list[Flight]:
+        return [flight for flight in self._flights.values() if flight.execution is None and flight.rides is None]
+
+    def _riders(self, leader: Flight) -> list[Flight]:
+        """Choices that no worker has spoken of yet and that travel with this one."""
+        others = (self._flights.get((leader.request_id, choice)) for choice in range(leader.ask.n))
+        return [other for other in others if other is not None and other.rides == leader.choice]
+
+    def _promote(self, gone: Flight, now: float) -> list[Action]:
+        """A choice is over before its riders have started: the first of them leads the others, with its suspicions."""
+        riders = self._riders(gone)
+        if not riders:
+            return []
+        first = riders[0]
+        for rider in riders[1:]:
+            rider.rides = first.choice
+        first.next_attempt(now)
+        first.suspects |= gone.suspects
+        first.alone = gone.alone
+        return [self._put(first, now)]
+
+    def _stranded(self, flight: Flight, now: float) -> bool:
+        """Its leader has been for long where it should have started."""
+        leader = self._flights.get((flight.request_id, flight.rides)) if flight.rides is not None else None
+        return leader is not None and leader.settled_at is not None and now - leader.settled_at > DEAD_S
 
     def _current(self, key: Key) -> Flight | None:
         flight = self._flights.get((key.request_id, key.choice))
@@ -212,6 +245,7 @@ class Ledger:
                 flight.decode = sender
             if flight.decode != sender:
                 return False
+            flight.settled_at = flight.settled_at or now
         elif flight.prefill is None:
             flight.prefill = sender
         elif flight.prefill != sender or flight.handed:
@@ -260,7 +294,7 @@ class Ledger:
                 flight.accepted.append(token.id)
                 flight.shown(now)
                 if flight.finish is not None:
-                    return self._end(flight, fresh)
+                    return self._end(flight, now, fresh)
         actions: list[Action] = [Show(flight.request_id, flight.choice, fresh)] if fresh else []
         if tokens and tokens[-1].index >= flight.index:
             actions.append(Tell(sender, Resend(flight.key, flight.index)))
@@ -292,9 +326,9 @@ class Ledger:
             flight.drop_holder(sender)  # a prefill that never learnt that it was rid of it
             return []
         if event.reason == "expired":
-            return self._end(flight, error=Unavailable("the request's deadline has passed", code="deadline_exceeded"))
+            return self._end(flight, now, error=Unavailable("the request's deadline has passed", code="deadline_exceeded"))
         if event.reason == "refused":
-            return self._end(flight, error=RequestError(f"no worker can run this request: {event.detail}"))
+            return self._end(flight, now, error=RequestError(f"no worker can run this request: {event.detail}"))
         flight.reserve_all = flight.reserve_all or event.reason == "preempted"
         return self._again(flight, now, suspect=f"{sender} in attempt {flight.attempt}" if event.reason == "failed" else None)
 
@@ -314,18 +348,20 @@ class Ledger:
         if suspect is not None:
             flight.suspects.add(suspect)
         if flight.suspicion > ALONE_AT:
-            job = flight.job(self._gateway, self._tokens_address, now)
+            job = flight.job(self._gateway, self._tokens_address, self._riders(flight), now)
             error = RequestError("workers died while running this request: it is not tried again", code="poison")
             error.status, error.type = 500, "server_error"
-            return [*actions, Bury(job, "three workers died with it"), *self._end(flight, error=error)]
+            return [*actions, Bury(job, "three workers died with it"), *self._end(flight, now, error=error)]
         flight.alone = flight.suspicion >= ALONE_AT
         return [*actions, self._put(flight, now)]
 
     def _put(self, flight: Flight, now: float) -> Put:
-        flight.put_at = now
+        riders = self._riders(flight)
+        for one in (flight, *riders):
+            one.put_at = now
         flight.put_again_at = None
         job_class = flight.ask.job_class if flight.attempt == 1 else "resume"
-        return Put(flight.job(self._gateway, self._tokens_address, now), job_class)
+        return Put(flight.job(self._gateway, self._tokens_address, riders, now), job_class)
 
     def _let_go(self, flight: Flight) -> list[Action]:
         """Cancel the present attempt wherever it may be."""
@@ -338,9 +374,16 @@ class Ledger:
             actions += [Tell(worker, Cancel(flight.key)) for worker in sorted(known) if worker in self._roles]
         return actions
 
-    def _end(self, flight: Flight, tokens: list[Token] | None = None, error: RequestError | None = None) -> list[Action]:
+    def _end(self, flight: Flight, now: float, tokens: list[Token] | None = None, error: RequestError | None = None) -> list[Action]:
+        """An error is also the error of those that travel with it."""
+        riders = self._riders(flight)
         self._flights.pop(flight.id, None)
         actions: list[Action] = [End(flight.request_id, flight.choice, tokens or [], flight.finish, error)]
         if error is not None:
-            return actions + self._let_go(flight)
-        return actions if flight.entry is None else [*actions, Remove(flight.entry)]
+            actions += self._let_go(flight)
+            for rider in riders:
+                actions += self._end(rider, now, error=error)
+            return actions
+        if flight.entry is not None:
+            actions.append(Remove(flight.entry))
+        return [*actions, *self._promote(flight, now)]

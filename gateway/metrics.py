@@ -17,7 +17,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         r = self.registry
-        self.requests = Counter("baton_requests", "Requests by outcome", ["outcome"], registry=r)
+        self.requests = Counter("baton_requests", "Answers by outcome, and refused requests", ["outcome"], registry=r)
         self.prompt_tokens = Counter("baton_prompt_tokens", "Tokens of accepted prompts", registry=r)
         self.output_tokens = Counter("baton_output_tokens", "Tokens shown to clients", registry=r)
         self.running = Gauge("baton_running", "Requests accepted and not ended", registry=r)

@@ -14,7 +14,7 @@ from typing import Any
 from common.errors import BadRequest, NotFound
 from common.messages import Sampling
 from gateway.ask import Ask
-from gateway.inputs import message_ids, prompt_ids
+from gateway.inputs import message_ids, prompts_ids
 from gateway.prompts import Model
 from gateway.values import flag, given, integer, number
 
@@ -22,6 +22,9 @@ MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 500
 MOST_LOGPROBS = 20
 MOST_BIASES = 1024
+MOST_ANSWERS = 32
+"""Of one request: prompts times choices."""
+LEAST_DEADLINE_S = 0.1
 LEAST_TEMPERATURE = 1e-5
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""
@@ -36,9 +39,6 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
     "prompt_cache_key": lambda v: isinstance(v, str),
     "response_format": lambda v: v == {"type": "text"},
     "modalities": lambda v: v == ["text"],
-    "n": lambda v: v == 1 and v is not True,
-    "best_of": lambda v: v == 1 and v is not True,
-    "echo": lambda v: v is False,
     "suffix": lambda v: v == "",
     "tools": lambda v: v == [],
     "functions": lambda v: v == [],
@@ -66,23 +66,28 @@ SHARED = frozenset(
         "stream",
         "stream_options",
         "timeline",
+        "n",
+        "priority",
+        "deadline",
     }
 )
 CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
-COMPLETION = SHARED | {"prompt"}
+COMPLETION = SHARED | {"prompt", "echo", "best_of"}
 
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """A request as understood: what to ask of the desk, and how to answer."""
+    """A request as understood: what to ask of the desk, one ask for each prompt, and how to answer."""
 
-    ask: Ask
+    asks: list[Ask]
     chat: bool
     stream: bool
     stops: list[str]
     include_usage: bool
     timeline: bool
     """Baton's extension: the five stages in the last chunk."""
+    echo: bool = False
+    """The prompt's text comes before the answer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +103,33 @@ def parse(body: bytes, model: Model, limits: Limits, *, chat: bool) -> Wish:
     fields = _object(body)
     _known(fields, CHAT if chat else COMPLETION)
     _model(fields, model)
-    prompt = message_ids(fields, model) if chat else prompt_ids(fields, model)
-    if not prompt:
+    prompts = [message_ids(fields, model)] if chat else prompts_ids(fields, model)
+    if not all(prompts):
         raise BadRequest("the prompt is empty", param="messages" if chat else "prompt")
-    most = _max_tokens(fields, len(prompt), limits.context_tokens, chat=chat)
-    ask = Ask(
-        prompt=prompt,
-        sampling=_sampling(fields, model, chat=chat),
-        max_tokens=most,
-        stop_ids=[] if flag(fields, "ignore_eos") else model.eos_ids,
-        deadline_s=limits.deadline_s,
-    )
+    sampling = _sampling(fields, model, chat=chat)
+    n = _choices(fields, len(prompts))
+    deadline_s = number(fields, "deadline", LEAST_DEADLINE_S, limits.deadline_s, limits.deadline_s)
+    asks = [
+        Ask(
+            prompt=prompt,
+            sampling=sampling,
+            max_tokens=_max_tokens(fields, len(prompt), limits.context_tokens, chat=chat),
+            stop_ids=[] if flag(fields, "ignore_eos") else model.eos_ids,
+            deadline_s=deadline_s,
+            job_class=_priority(fields),
+            n=n,
+        )
+        for prompt in prompts
+    ]
     stream = flag(fields, "stream")
     return Wish(
-        ask=ask,
+        asks=asks,
         chat=chat,
         stream=stream,
         stops=_stops(fields),
         include_usage=_include_usage(fields, stream),
         timeline=flag(fields, "timeline"),
+        echo=_echo(fields),
     )
 
 
@@ -159,6 +172,34 @@ def _model(fields: dict[str, Any], model: Model) -> None:
         raise BadRequest("model must be a string", param="model")
     if name != model.name:
         raise NotFound(f"the model {name!r} does not exist; this server serves {model.name!r}", param="model", code="model_not_found")
+
+
+# -------------------------------------------------------------------------------------------------------------- answers
+
+
+def _choices(fields: dict[str, Any], prompts: int) -> int:
+    """Answers wanted for each prompt. OpenAI's `best_of` is n, or refused."""
+    n = integer(fields, "n", 1, MOST_ANSWERS, 1)
+    if n * prompts > MOST_ANSWERS:
+        raise BadRequest(f"{prompts} prompts with {n} answers each; there may be {MOST_ANSWERS} answers in all", param="n")
+    if fields.get("best_of", n) != n or fields.get("best_of") is True:
+        raise BadRequest("best_of is supported only if it equals n", param="best_of", code="unsupported_parameter")
+    return n
+
+
+def _priority(fields: dict[str, Any]) -> str:
+    """The class of the queue."""
+    priority = fields.get("priority", "interactive")
+    if priority not in ("interactive", "batch"):
+        raise BadRequest("priority must be interactive or batch", param="priority")
+    return str(priority)
+
+
+def _echo(fields: dict[str, Any]) -> bool:
+    echo = flag(fields, "echo")
+    if echo and "logprobs" in fields:
+        raise BadRequest("echo together with logprobs is not supported", param="echo", code="unsupported_parameter")
+    return echo
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling

@@ -33,6 +33,13 @@ def model_body(model: Model) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": 0, "owned_by": "baton", "max_model_len": model.context_tokens}
 
 
+def server_timing(timeline: Timeline) -> str:
+    """The stages known so far, for the header of that name (W3C Server Timing): milliseconds."""
+    stages = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "ttft", "total")
+    known = [(stage, 1000 * getattr(timeline, f"{stage}_s")) for stage in stages]
+    return ", ".join(f"{stage};dur={value:.3f}" for stage, value in known if value > 0)
+
+
 def usage_body(usage: Usage) -> dict[str, int]:
     total = usage.prompt_tokens + usage.completion_tokens
     return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total}
@@ -56,14 +63,14 @@ class Form:
     """Alternatives asked for; -1: no logprobs."""
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def opening(self) -> dict[str, Any] | None:
-        """A stream's first chunk: chat says whose words follow."""
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """A choice's first chunk: chat says whose words follow."""
         if not self.chat:
             return None
-        return self._chunk({"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
+        return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None})
 
-    def chunk(self, piece: Piece) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs(piece.tokens), "finish_reason": piece.finish}
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(piece.tokens), "finish_reason": piece.finish}
         if self.chat:
             choice["delta"] = {"content": piece.text} if piece.text or piece.finish is None else {}
         else:
@@ -74,17 +81,21 @@ class Form:
         """The chunk that carries usage: no choices."""
         return {**self._chunk(None), "usage": usage_body(usage)}
 
-    def whole(self, pieces: list[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, answers: list[list[Piece]], usage: Usage) -> dict[str, Any]:
+        choices = [self._choice(index, pieces) for index, pieces in enumerate(answers)]
+        return {**self._head(stream=False), "choices": choices, "usage": usage_body(usage)}
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _choice(self, index: int, pieces: list[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
         said = [spoken for piece in pieces for spoken in piece.tokens]
-        choice: dict[str, Any] = {"index": 0, "logprobs": self._logprobs(said), "finish_reason": pieces[-1].finish}
+        choice: dict[str, Any] = {"index": index, "logprobs": self._logprobs(said), "finish_reason": pieces[-1].finish}
         if self.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             choice["text"] = text
-        return {**self._head(stream=False), "choices": [choice], "usage": usage_body(usage)}
-
-    # ---------------------------------------------------------------------------------------------------------- inside
+        return choice
 
     def _head(self, *, stream: bool) -> dict[str, Any]:
         kind = ("chat.completion.chunk" if stream else "chat.completion") if self.chat else "text_completion"

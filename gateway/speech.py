@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from common.errors import RequestError
 from common.messages import FinishReason, Token
-from gateway.ask import Answer, Timeline
-from gateway.parameters import Wish
+from gateway.ask import Answer, Ask, Timeline
 from gateway.text import Stops, Tokenizer, detokenizer
 
 
@@ -48,17 +47,20 @@ class Usage:
 class Speech:
     """One answer on its way to one client. Take its pieces to the end, or cancel it."""
 
-    def __init__(self, answer: Answer, wish: Wish, tokenizer: Tokenizer) -> None:
+    def __init__(self, answer: Answer, ask: Ask, stops: list[str], tokenizer: Tokenizer, *, before: str = "") -> None:
         self._answer = answer
-        self._stops = Stops(wish.stops)
+        self._stops = Stops(stops)
         self._text = detokenizer(tokenizer)
-        self._stop_ids = frozenset(wish.ask.stop_ids)
+        self._stop_ids = frozenset(ask.stop_ids)
+        self._before = before
+        """Text that comes before the answer's own."""
         self._waiting: deque[Spoken] = deque()
         """Tokens of which no text has been shown yet."""
         self._decoded = 0
         self._shown = 0
         """Characters, without and with what the stop strings hold back."""
-        self.usage = Usage(len(wish.ask.prompt))
+        self.usage = Usage(len(ask.prompt))
+        self.finish: FinishReason | None = None
 
     @property
     def timeline(self) -> Timeline:
@@ -74,6 +76,9 @@ class Speech:
                 if update.error is not None:
                     raise update.error
                 piece = self._piece(update.tokens, update.finish)
+                self.finish = piece.finish
+                if self._before:
+                    piece, self._before = replace(piece, text=self._before + piece.text), ""
                 if piece.finish is not None:
                     self._answer.cancel()
                 if piece.text or piece.tokens or piece.finish is not None:

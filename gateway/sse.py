@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -30,8 +30,10 @@ async def gone(receive: Receive) -> None:
 class EventStream(Response):
     """Sends events until they end, the client leaves, or it takes nothing for `write_s`; then calls `close`, always and once."""
 
-    def __init__(self, events: AsyncGenerator[str, None], *, write_s: float, close: Callable[[], None]) -> None:
-        super().__init__(headers=HEADERS)
+    def __init__(
+        self, events: AsyncGenerator[str, None], *, write_s: float, close: Callable[[], None], headers: Mapping[str, str] = HEADERS
+    ) -> None:
+        super().__init__(headers={**HEADERS, **headers})
         del self.headers["content-length"]
         self._events = events
         self._write_s = write_s

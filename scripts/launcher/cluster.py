@@ -100,7 +100,7 @@ class Cluster:
                 raise_priority(self.valkey.pid)
             for child in self.children.values():
                 self.launch(child)
-            self.wait_ready(timeout_s)
+            self.wait_ready(timeout_s=timeout_s)
         except BaseException:
             self.stop()
             raise
@@ -110,10 +110,10 @@ class Cluster:
         if child.role == "gateway":
             raise_priority(child.pid)
 
-    def wait_ready(self, timeout_s: float = READY_S) -> None:
-        """Until every process that lives is ready. Raises ClusterError for one that ended or takes too long."""
+    def wait_ready(self, *names: str, timeout_s: float = READY_S) -> None:
+        """Until these processes (or all) are ready. Raises ClusterError for one that ended or takes too long."""
         started = time.monotonic()
-        waiting = dict(self.children)
+        waiting = {name: child for name, child in self.children.items() if not names or name in names}
         while waiting:
             for name, child in list(waiting.items()):
                 if child.facts is not None:
@@ -135,7 +135,7 @@ class Cluster:
     def restart(self, name: str, *, wait: bool = True) -> None:
         self.launch(self.children[name])
         if wait:
-            self.wait_ready()
+            self.wait_ready(name)
 
     def stop(self) -> None:
         """Workers and gateways drain together; what does not end in time is killed."""

@@ -73,6 +73,7 @@ class Scheduler:
         run = self._roster.accept(sequence, Stage.RUNNING)
         self._roster.give(run, pages)
         sequence.planned = sequence.computed = run.known
+        self._fork(run)
         self._append(run, token, drawn=False)
 
     def lapse(self, handoff: Handoff) -> None:
@@ -135,6 +136,7 @@ class Scheduler:
                 if draw is None:
                     raise ValueError(f"launch {plan.number} drew no token for {sequence.key}")
                 run.ahead -= 1
+                self._fork(run)
                 self._append(run, Token(chunk.index, draw.id, draw.logprob), drawn=True)
 
     def abort(self, plan: Plan, error: str) -> None:
@@ -254,6 +256,27 @@ class Scheduler:
                 break
         ready.sort(key=attrgetter("rank"))
         return ready
+
+    def _fork(self, run: Run) -> None:
+        """The prompt is computed: its other choices share all of its pages but the last, whose tokens each computes anew to draw its own
+        first token. One for which there is no place or no page now waits its turn like any prompt, and shares nothing."""
+        roster = self._roster
+        forks, run.sequence.forks = run.sequence.forks, ()
+        for sequence in forks:
+            if sequence.key in roster.runs:
+                continue
+            fork = roster.accept(sequence, Stage.WAITING)
+            if len(roster.prefilling) + len(roster.running) >= self._limits.max_batch:
+                continue
+            shared = run.sequence.pages[: (sequence.prompt_tokens - 1) // self._pool.page_tokens]
+            own = self._pool.allocate(self._first_pages(sequence, 0) - len(shared))
+            if own is None:
+                continue
+            self._pool.retain(shared)
+            roster.give(fork, (*shared, *own))
+            sequence.planned = sequence.computed = len(shared) * self._pool.page_tokens
+            roster.unplanned_tokens -= sequence.planned
+            roster.move(fork, Stage.PREFILLING)
 
     # ---------------------------------------------------------------------------------------------------------- chunks
 

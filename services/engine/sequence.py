@@ -35,6 +35,8 @@ class Sequence:
     hashes: list[bytes] = field(default_factory=list)
     """Chain hashes of the full pages of the ids known at the start."""
     began: bool = False
+    forks: tuple[Sequence, ...] = ()
+    """Further choices of the request: they start on the prompt's pages as soon as all of these are computed here."""
 
     @property
     def index(self) -> int:

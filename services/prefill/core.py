@@ -12,7 +12,7 @@ from services.engine.plan import Granted as EngineGranted
 from services.prefill import handoffs
 from services.prefill.handoffs import Handoffs
 from services.transfer.protocol import PushFailed, Sent
-from services.worker.jobs import live_choice
+from services.worker.jobs import leader
 from services.worker.outbox import Outbox
 from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
 
@@ -80,9 +80,9 @@ class PrefillCore:
     def _began(self, outcome: Began, now: float) -> list[Action]:
         """Offer at once, so that the grant is there before the first page is final; a request of one token never leaves."""
         run = self.runs.began(outcome, now)
-        if run is None or live_choice(run.job).index + 1 >= run.job.max_tokens:
+        if run is None or leader(run.job).index + 1 >= run.job.max_tokens:
             return []
-        ids = [*run.job.prompt, *live_choice(run.job).accepted]
+        ids = [*run.job.prompt, *leader(run.job).accepted]
         hashes = chain_hashes(self._fingerprint, ids, self._page_tokens)
         return self._resolve(self.handoffs.begin(run.key, run.job, len(ids), hashes, outcome.pages, now))
 

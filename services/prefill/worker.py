@@ -62,6 +62,8 @@ class PrefillWorker(Worker[Action]):
             self.incarnation, settings.fleet, identity.fingerprint, room.layout, [room.shard], self._core.handoffs.pursued, self._answer
         )
         self._claims = Claims(self.queue, self.incarnation, self._wanted_tokens, self._claimed)
+        self._decodes = 0
+        """Live ones that take offers."""
 
     # ----------------------------------------------------------------------------------------------------------- hooks
 
@@ -100,7 +102,9 @@ class PrefillWorker(Worker[Action]):
         for peer in self._peers.reap():
             actions += self._core.peer_dead(peer, now)
         self._peers.beat()
-        self._core.handoffs.decodes(self._peers.loads)
+        loads = self._peers.loads
+        self._core.handoffs.decodes(loads)
+        self._decodes = len(loads)
         return actions + self._core.tick(now)
 
     def perform(self, action: Action) -> None:
@@ -119,7 +123,7 @@ class PrefillWorker(Worker[Action]):
                 self._peers.reset_link(peer)
 
     def own_figures(self) -> dict[str, float]:
-        return transfer_figures(self._transfer.counts)
+        return {**transfer_figures(self._transfer.counts), "decodes": self._decodes}
 
     def close(self) -> None:
         self._transfer.close()

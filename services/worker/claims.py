@@ -74,7 +74,7 @@ class Claims:
             if claimed is None:
                 break
             batch.append(claimed)
-            wanted -= len(claimed.job.prompt) + sum(choice.index for choice in claimed.job.choices)
+            wanted -= len(claimed.job.prompt) + sum(choice.index for choice in claimed.job.choices[:1])
             if claimed.job.alone:
                 break
         return batch

@@ -12,7 +12,7 @@ from common.messages import Finished, Handed, Incarnation, Job, Key, Lost, LostR
 from common.queue import Entry
 from services.engine.plan import Began, Drawn, Failed, Preempted
 from services.engine.sequence import Sequence
-from services.worker.jobs import claim_key, live_choice, sequence_of, unfit
+from services.worker.jobs import claim_key, forked, leader, sequence_of, unfit
 from services.worker.outbox import Outbox
 
 # ------------------------------------------------------------------------------------------------------------- actions
@@ -82,7 +82,7 @@ class Runs:
     @property
     def unbegun_tokens(self) -> int:
         """Tokens of claimed jobs that no launch has contained yet."""
-        return sum(len(r.job.prompt) + live_choice(r.job).index for r in self._runs.values() if not r.began)
+        return sum(len(r.job.prompt) + leader(r.job).index for r in self._runs.values() if not r.began)
 
     @property
     def unbegun(self) -> int:
@@ -94,7 +94,7 @@ class Runs:
         """A job from the queue: into the engine, unless it cannot be run at all."""
         key = claim_key(job)
         run = self._runs[key] = Run(key, job, entry, now)
-        self.outbox.hold(job.gateway, key, live_choice(job).index)
+        self.outbox.hold(job.gateway, key, leader(job).index)
         if job.deadline_s <= 0:
             return self.lose(key, "expired", "its deadline had passed when it was claimed")
         reason = unfit(job, self._max_request_tokens)
@@ -109,6 +109,7 @@ class Runs:
         self.outbox.hold(job.gateway, key, first.index)
         self.outbox.start(key, transfer_s)
         self.outbox.tokens(key, [first], stage_s=0.0)
+        self._fork(key, job, transfer_s, now)
 
     # --------------------------------------------------------------------------------------------- what the engine says
 
@@ -134,6 +135,8 @@ class Runs:
         self.outbox.tokens(run.key, [outcome.token], stage_s=now - run.phase_at, queued_s=run.queued_s)
         if run.prefilling:
             run.prefilling, run.phase_at = False, now
+            if not self._parks:
+                self._fork(run.key, run.job, 0.0, now)
         if self._parks:
             self.outbox.launched(run.key, False)
         if outcome.finish is not None:
@@ -160,7 +163,7 @@ class Runs:
         if run is None:
             return []
         self.outbox.end(Lost(key, reason, detail))
-        stop: list[Action] = [Stop(key)] if run.in_engine else []
+        stop = self._stop(run)
         run.in_engine = False
         return stop
 
@@ -182,8 +185,7 @@ class Runs:
         run = self._runs.pop(key, None)
         if run is None:
             return [Stop(key)]
-        stop: list[Action] = [Stop(key)] if run.in_engine else []
-        return [*stop, *self._acknowledge(run)]
+        return [*self._stop(run), *self._acknowledge(run)]
 
     def drain(self) -> list[Action]:
         """Hand everything back, uncounted (rule 12)."""
@@ -191,6 +193,20 @@ class Runs:
         for key in self.outbox.unended():
             actions += self.lose(key, "drained")
         return actions
+
+    def _fork(self, key: Key, job: Job, transfer_s: float, now: float) -> None:
+        """The other choices run from here on as well."""
+        for its, own in forked(job, key):
+            self._runs[its] = Run(its, own, None, now, prefilling=False, in_engine=True)
+            self.outbox.hold(own.gateway, its, leader(own).index)
+            self.outbox.start(its, transfer_s)
+
+    def _stop(self, run: Run) -> list[Action]:
+        """Out of the engine, and with it the forks that may have begun there before we have heard of it."""
+        if not run.in_engine:
+            return []
+        unheard = forked(run.job, run.key) if run.prefilling and not self._parks else []
+        return [Stop(run.key), *(Stop(its) for its, _ in unheard)]
 
     @staticmethod
     def _acknowledge(run: Run) -> list[Action]:

@@ -97,11 +97,11 @@ class EchoDesk:
     def roles(self) -> dict[str, int]:
         return self.live
 
-    def submit(self, ask: Ask) -> EchoAnswer:
+    def submit(self, ask: Ask) -> list[EchoAnswer]:
         script = self.scripts(ask)
         self.asks.append(ask)
         if script.refused is not None:
             raise script.refused
-        answer = EchoAnswer(ask, script)
-        self.answers.append(answer)
-        return answer
+        answers = [EchoAnswer(ask, script) for _ in range(ask.n)]
+        self.answers += answers
+        return answers

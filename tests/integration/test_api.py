@@ -123,7 +123,7 @@ def test_error_classes(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-9", messages=PARIS)
     assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as several:
-        client.chat.completions.create(model=MODEL, messages=PARIS, n=2)
+        client.chat.completions.create(model=MODEL, messages=PARIS, n=33)
     assert several.value.param == "n"
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model=MODEL, prompt="word " * 2500, max_tokens=1)

@@ -190,7 +190,7 @@ def test_error_classes(served: Served, client: openai.OpenAI) -> None:
         client.chat.completions.create(model="gpt-9", messages=PARIS)
     assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError) as several:
-        client.chat.completions.create(model=NAME, messages=PARIS, n=2)
+        client.chat.completions.create(model=NAME, messages=PARIS, n=33)
     assert several.value.param == "n" and several.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model=NAME, prompt="word " * 2500)
@@ -272,12 +272,12 @@ def test_metrics_count_every_request_once(served: Served, client: openai.OpenAI)
     client.completions.create(model=NAME, prompt="x", max_tokens=3)
     list(client.completions.create(model=NAME, prompt="x", max_tokens=100, stream=True))
     with pytest.raises(openai.BadRequestError):
-        client.completions.create(model=NAME, prompt="x", n=2)
+        client.completions.create(model=NAME, prompt="x", n=33)
     say(served, refused=Overloaded("too many", retry_after_s=1))
     with pytest.raises(openai.RateLimitError):
         client.completions.create(model=NAME, prompt="x")
     difference = {name: value - before.get(name, 0) for name, value in served.outcomes().items() if value != before.get(name, 0)}
-    assert difference == {"length": 1, "stop": 1, "unsupported_parameter": 1, "overloaded": 1}
+    assert difference == {"length": 1, "stop": 1, "invalid_request_error": 1, "overloaded": 1}
     text = httpx.get(f"{served.url}/metrics").text
     for name in (
         "baton_ttft_seconds_bucket",

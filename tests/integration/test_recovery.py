@@ -80,13 +80,16 @@ def known_workers(cluster: Cluster) -> dict[str, int]:
 
 
 def revive(cluster: Cluster, name: str, **flags: str) -> None:
-    """Start a dead worker again, with these flags, and wait until the gateway has met it."""
+    """Start a dead worker again, with these flags, and wait until the gateway and every prefill have met it."""
     child = cluster.children[name]
     child.flags.pop("die", None)
     child.flags.update(flags)
     cluster.restart(name)
     give_up = time.monotonic() + 20
-    while known_workers(cluster) != {"prefill": len(cluster.of("prefill")), "decode": len(cluster.of("decode"))}:
+    decodes = len(cluster.of("decode"))
+    while known_workers(cluster) != {"prefill": len(cluster.of("prefill")), "decode": decodes} or any(
+        figures(cluster, prefill.name)["decodes"] != decodes for prefill in cluster.of("prefill")
+    ):
         assert time.monotonic() < give_up
         time.sleep(0.05)
 

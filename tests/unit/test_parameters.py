@@ -38,18 +38,18 @@ def complete(model: Model, /, **fields: Any) -> Wish:
 
 def test_defaults_of_a_completion(model: Model) -> None:
     wish = complete(model)
-    assert wish.ask.prompt == model.encode("Hello")
-    assert wish.ask.max_tokens == 16 and wish.ask.stop_ids == model.eos_ids and wish.ask.deadline_s == 600.0
+    assert wish.asks[0].prompt == model.encode("Hello")
+    assert wish.asks[0].max_tokens == 16 and wish.asks[0].stop_ids == model.eos_ids and wish.asks[0].deadline_s == 600.0
     assert (wish.stream, wish.stops, wish.include_usage, wish.timeline, wish.chat) == (False, [], False, False, False)
-    sampling = wish.ask.sampling
+    sampling = wish.asks[0].sampling
     assert sampling == Sampling(seed=sampling.seed)
 
 
 def test_chat_uses_the_template_and_fills_the_context(model: Model) -> None:
     wish = chat(model)
-    text = model._backend.decode(wish.ask.prompt, skip_special_tokens=False)
+    text = model._backend.decode(wish.asks[0].prompt, skip_special_tokens=False)
     assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
-    assert wish.ask.max_tokens == 100 - len(wish.ask.prompt)
+    assert wish.asks[0].max_tokens == 100 - len(wish.asks[0].prompt)
 
 
 def test_every_parameter_arrives(model: Model) -> None:
@@ -72,30 +72,30 @@ def test_every_parameter_arrives(model: Model) -> None:
         stream_options={"include_usage": True},
         timeline=True,
     )
-    assert wish.ask.sampling == Sampling(2**64 - 1, 0.5, 0.9, 40, 0.05, -1.0, 1.5, 1.1, {5: -100.0, 6: 2.5}, 3)
-    assert wish.ask.max_tokens == 7 and wish.ask.stop_ids == [] and wish.stops == ["a", "b"]
+    assert wish.asks[0].sampling == Sampling(2**64 - 1, 0.5, 0.9, 40, 0.05, -1.0, 1.5, 1.1, {5: -100.0, 6: 2.5}, 3)
+    assert wish.asks[0].max_tokens == 7 and wish.asks[0].stop_ids == [] and wish.stops == ["a", "b"]
     assert wish.stream and wish.include_usage and wish.timeline
 
 
 def test_a_seed_is_drawn_if_none_is_given(model: Model) -> None:
-    assert len({complete(model).ask.sampling.seed for _ in range(5)}) == 5
-    assert complete(model, seed=7).ask.sampling.seed == 7
+    assert len({complete(model).asks[0].sampling.seed for _ in range(5)}) == 5
+    assert complete(model, seed=7).asks[0].sampling.seed == 7
 
 
 @pytest.mark.parametrize("prompt", [[1, 2, 3], [[1, 2, 3]], ["Hello"], "Hello"])
 def test_forms_of_a_prompt(model: Model, prompt: Any) -> None:
     expected = model.encode("Hello") if "Hello" in prompt else [1, 2, 3]
-    assert complete(model, prompt=prompt).ask.prompt == expected
+    assert complete(model, prompt=prompt).asks[0].prompt == expected
 
 
 def test_text_parts_are_joined(model: Model) -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    assert chat(model, messages=[{"role": "user", "content": parts}]).ask.prompt == chat(model).ask.prompt
+    assert chat(model, messages=[{"role": "user", "content": parts}]).asks[0].prompt == chat(model).asks[0].prompt
 
 
 def test_a_developer_is_the_system(model: Model) -> None:
     said = [[{"role": role, "content": "Be brief."}, *HELLO] for role in ("developer", "system")]
-    assert chat(model, messages=said[0]).ask.prompt == chat(model, messages=said[1]).ask.prompt
+    assert chat(model, messages=said[0]).asks[0].prompt == chat(model, messages=said[1]).asks[0].prompt
 
 
 @pytest.mark.parametrize(
@@ -109,33 +109,48 @@ def test_a_developer_is_the_system(model: Model) -> None:
     ],
 )
 def test_harmless_fields_and_null_are_taken(model: Model, fields: dict[str, Any]) -> None:
-    assert chat(model, **fields).ask.prompt == chat(model).ask.prompt
+    assert chat(model, **fields).asks[0].prompt == chat(model).asks[0].prompt
 
 
 def test_max_completion_tokens_goes_before_max_tokens(model: Model) -> None:
-    assert chat(model, max_tokens=5, max_completion_tokens=6).ask.max_tokens == 6
-    assert chat(model, max_tokens=5).ask.max_tokens == 5
+    assert chat(model, max_tokens=5, max_completion_tokens=6).asks[0].max_tokens == 6
+    assert chat(model, max_tokens=5).asks[0].max_tokens == 5
 
 
 def test_chat_logprobs(model: Model) -> None:
-    assert chat(model).ask.sampling.logprobs == -1
-    assert chat(model, logprobs=True).ask.sampling.logprobs == 0
-    assert chat(model, logprobs=True, top_logprobs=20).ask.sampling.logprobs == 20
+    assert chat(model).asks[0].sampling.logprobs == -1
+    assert chat(model, logprobs=True).asks[0].sampling.logprobs == 0
+    assert chat(model, logprobs=True, top_logprobs=20).asks[0].sampling.logprobs == 20
 
 
 def test_a_temperature_that_would_overflow_is_greedy(model: Model) -> None:
-    assert chat(model, temperature=1e-300).ask.sampling.temperature == 0.0
+    assert chat(model, temperature=1e-300).asks[0].sampling.temperature == 0.0
 
 
 def test_the_context_can_be_filled_to_the_last_token(model: Model) -> None:
-    assert complete(model, prompt=[5] * 99, max_tokens=1).ask.max_tokens == 1
-    assert complete(model, prompt=[5] * 95).ask.max_tokens == 5
+    assert complete(model, prompt=[5] * 99, max_tokens=1).asks[0].max_tokens == 1
+    assert complete(model, prompt=[5] * 95).asks[0].max_tokens == 5
+
+
+def test_several_prompts_and_answers(model: Model) -> None:
+    wish = complete(model, prompt=["Hello", [5, 6]], n=3, best_of=3, echo=True, deadline=2.5, priority="batch")
+    assert [ask.prompt for ask in wish.asks] == [model.encode("Hello"), [5, 6]] and wish.echo
+    assert {(ask.n, ask.deadline_s, ask.job_class) for ask in wish.asks} == {(3, 2.5, "batch")}
+    assert chat(model, n=2).asks[0].n == 2
 
 
 # ---------------------------------------------------------------------------------------------------------- what is refused
 
 BAD_CHAT: list[tuple[dict[str, Any], str]] = [
-    ({"n": 2}, "n"),
+    ({"n": 0}, "n"),
+    ({"n": 33}, "n"),
+    ({"best_of": 1}, "best_of"),
+    ({"echo": True}, "echo"),
+    ({"priority": 5}, "priority"),
+    ({"priority": "urgent"}, "priority"),
+    ({"deadline": 0}, "deadline"),
+    ({"deadline": 601}, "deadline"),
+    ({"deadline": "soon"}, "deadline"),
     ({"n": True}, "n"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"functions": [{}]}, "functions"),
@@ -167,8 +182,12 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
 ]
 
 BAD_COMPLETION: list[tuple[dict[str, Any], str]] = [
-    ({"echo": True}, "echo"),
+    ({"echo": 1}, "echo"),
+    ({"echo": True, "logprobs": 0}, "echo"),
     ({"best_of": 2}, "best_of"),
+    ({"n": 2, "best_of": 1}, "best_of"),
+    ({"prompt": ["a"] * 17, "n": 2}, "n"),
+    ({"prompt": ["a"] * 33}, "prompt"),
     ({"suffix": "x"}, "suffix"),
     ({"messages": HELLO}, "messages"),
     ({"prompt": None}, "prompt"),
@@ -176,8 +195,10 @@ BAD_COMPLETION: list[tuple[dict[str, Any], str]] = [
     ({"prompt": []}, "prompt"),
     ({"prompt": 5}, "prompt"),
     ({"prompt": {"a": 1}}, "prompt"),
-    ({"prompt": ["a", "b"]}, "prompt"),
-    ({"prompt": [[1], [2]]}, "prompt"),
+    ({"prompt": ["a", ""]}, "prompt"),
+    ({"prompt": [[1], []]}, "prompt"),
+    ({"prompt": ["a", 1]}, "prompt"),
+    ({"prompt": [["a"]]}, "prompt"),
     ({"prompt": [1.5]}, "prompt"),
     ({"prompt": [True]}, "prompt"),
     ({"prompt": [-1]}, "prompt"),
@@ -276,7 +297,7 @@ def test_beyond_the_context_has_openais_code(model: Model, fields: dict[str, Any
 def test_text_that_may_just_fit_is_not_refused_unread(model: Model) -> None:
     """A long token, many times: more characters than usual text of that many tokens has."""
     text = ("\n" + " " * 80) * 80
-    assert len(complete(model, prompt=text, max_tokens=1).ask.prompt) <= 99
+    assert len(complete(model, prompt=text, max_tokens=1).asks[0].prompt) <= 99
 
 
 def test_another_model(model: Model) -> None:
@@ -329,4 +350,4 @@ def test_nothing_but_request_errors(model: Model, fields: dict[str, Any], is_cha
     except RequestError as error:
         assert 400 <= error.status < 500
     else:
-        assert wish.ask.prompt and wish.ask.max_tokens >= 1
+        assert wish.asks[0].prompt and wish.asks[0].max_tokens >= 1

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from common.errors import BadRequest, Unavailable
 from common.messages import FinishReason, Logprob, Sampling, Token
 from gateway.ask import Ask, Timeline, Update
-from gateway.parameters import Wish
 from gateway.prompts import Model
 from gateway.replies import Form, error_body, timeline_body
 from gateway.speech import Broken, Piece, Speech
@@ -50,7 +49,7 @@ def updates(ids: list[int], together: int = 1, finish: FinishReason = "stop") ->
 
 
 def speech(model: Model, answer: Told, stops: list[str] | None = None) -> Speech:
-    return Speech(answer, Wish(Ask([7, 8, 9], Sampling(), 100, [EOS]), True, True, stops or [], False, False), model)
+    return Speech(answer, Ask([7, 8, 9], Sampling(), 100, [EOS]), stops or [], model)
 
 
 async def pieces(model: Model, ids: list[int], stops: list[str] | None = None, together: int = 1) -> tuple[list[Piece], Speech, Told]:
@@ -126,7 +125,7 @@ async def test_leaving_cancels(model: Model) -> None:
 
 async def test_special_tokens_after_an_ignored_end_are_counted_not_shown(model: Model) -> None:
     answer = Told(updates([100, EOS, 0, 101], finish="length"))
-    found = Speech(answer, Wish(Ask([7], Sampling(), 4, []), True, True, [], False, False), model)
+    found = Speech(answer, Ask([7], Sampling(), 4, []), [], model)
     said = [piece async for piece in found.pieces()]
     assert text(said) == model.decode([100, 101]) and found.usage.completion_tokens == 4
 
@@ -142,11 +141,11 @@ async def test_logprobs_of_half_characters(model: Model) -> None:
     """Bytes as they are, and names that JSON can carry."""
     ids = model.encode("a🦜")
     found, said, _ = await pieces(model, ids)
-    entries = form(model, chat=True, logprobs=2).whole(found, said.usage)["choices"][0]["logprobs"]["content"]
+    entries = form(model, chat=True, logprobs=2).whole([found], said.usage)["choices"][0]["logprobs"]["content"]
     assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == "a🦜"
     assert [entry["logprob"] for entry in entries] == [-1.0 - n for n in range(len(ids))]
     assert entries[0]["top_logprobs"][1]["logprob"] == -9999.0
-    old = form(model, chat=False, logprobs=2).whole(found, said.usage)["choices"][0]["logprobs"]
+    old = form(model, chat=False, logprobs=2).whole([found], said.usage)["choices"][0]["logprobs"]
     assert old["tokens"][0] == "a" and old["tokens"][1].startswith("bytes:\\xf0") and old["text_offset"][:2] == [0, 1]
     assert set(old["text_offset"][1:]) == {1}
     for body in (entries, old):
@@ -156,12 +155,12 @@ async def test_logprobs_of_half_characters(model: Model) -> None:
 async def test_number_of_alternatives(model: Model) -> None:
     found, said, _ = await pieces(model, model.encode(" one two"))
     for asked in (0, 1, 2):
-        chat: Any = form(model, chat=True, logprobs=asked).whole(found, said.usage)["choices"][0]["logprobs"]
+        chat: Any = form(model, chat=True, logprobs=asked).whole([found], said.usage)["choices"][0]["logprobs"]
         assert {len(entry["top_logprobs"]) for entry in chat["content"]} == {asked}
-        old: Any = form(model, chat=False, logprobs=asked).whole(found, said.usage)["choices"][0]["logprobs"]
+        old: Any = form(model, chat=False, logprobs=asked).whole([found], said.usage)["choices"][0]["logprobs"]
         assert {len(top) for top in old["top_logprobs"]} == {max(asked, 1)}
         assert all(token in top for token, top in zip(old["tokens"], old["top_logprobs"], strict=True))
-    assert form(model, chat=True).whole(found, said.usage)["choices"][0]["logprobs"] is None
+    assert form(model, chat=True).whole([found], said.usage)["choices"][0]["logprobs"] is None
 
 
 def test_errors_can_always_be_said() -> None:

@@ -29,18 +29,19 @@ def kv_next(before: int, token: int) -> int:
     return (before * 6364136223846793005 + token + 1442695040888963407) & MASK
 
 
-def next_token(kv: int) -> int:
-    return (kv >> 13) % VOCABULARY
+def next_token(kv: int, choice: int = 0) -> int:
+    """Every choice draws its own."""
+    return ((kv >> 13) + 7 * choice) % VOCABULARY
 
 
-def undisturbed(prompt: list[int], seed: int, max_tokens: int, stop_ids: list[int]) -> list[int]:
+def undisturbed(prompt: list[int], seed: int, max_tokens: int, stop_ids: list[int], choice: int = 0) -> list[int]:
     """What a request must bring, whatever dies on the way."""
     kv = kv_root(seed)
     for token in prompt:
         kv = kv_next(kv, token)
     out: list[int] = []
     while len(out) < max_tokens and (not out or out[-1] not in stop_ids):
-        out.append(next_token(kv))
+        out.append(next_token(kv, choice))
         kv = kv_next(kv, out[-1])
     return out
 

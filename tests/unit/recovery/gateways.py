@@ -63,8 +63,9 @@ class Gateway(Process):
         self.liveness = Liveness()
         self.peers: set[Incarnation] = set()
         self.clients: dict[str, Client] = {}
-        self.heard: dict[tuple[str, int], set[Incarnation]] = {}
-        """(request, attempt) → decodes whose tokens the client was shown."""
+        """By the request's name; further choices as `name/choice`."""
+        self.heard: dict[tuple[str, int, int], set[Incarnation]] = {}
+        """(request, choice, attempt) → decodes whose tokens the client was shown."""
         self._sequence = 0
         world.clock.after(world.rng.random() * BEAT_S, lambda: self.deliver("timer", self.beat_forever))
         world.clock.after(1.0, lambda: self.deliver("judge", self.judge_forever))
@@ -73,16 +74,19 @@ class Gateway(Process):
 
     def submit(self, ask: Ask) -> str:
         request_id = f"{self.name}-{len(self.clients)}"
-        expected = undisturbed(ask.prompt, ask.sampling.seed, ask.max_tokens, ask.stop_ids)
-        self.clients[request_id] = Client(ask, expected, self.world.now, last_at=self.world.now)
+        for choice in range(ask.n):
+            expected = undisturbed(ask.prompt, ask.sampling.seed, ask.max_tokens, ask.stop_ids, choice)
+            self.clients[client_name(request_id, choice)] = Client(ask, expected, self.world.now, last_at=self.world.now)
         self.do(self.ledger.open(request_id, ask, self.world.now))
         return request_id
 
-    def cancel(self, request_id: str) -> None:
-        client = self.clients[request_id]
+    def cancel(self, name: str) -> None:
+        """One choice; the others go on."""
+        client = self.clients[name]
+        request_id, _, choice = name.partition("/")
         if not client.ended:
             client.cancelled = True
-            self.do(self.ledger.cancel(request_id))
+            self.do(self.ledger.cancel(request_id, int(choice or 0), self.world.now))
 
     # ----------------------------------------------------------------------------------------------------------- workers
 
@@ -105,7 +109,7 @@ class Gateway(Process):
             if any(isinstance(action, Show | End) and action.tokens for action in actions):
                 assert event.key.attempt == attempt, "an older attempt was shown"
                 if isinstance(self.world.processes[parcel.sender], Decode):
-                    decodes = self.heard.setdefault((event.key.request_id, attempt), set())
+                    decodes = self.heard.setdefault((event.key.request_id, event.key.choice, attempt), set())
                     decodes.add(parcel.sender)
                     assert len(decodes) == 1, f"two decodes were heard for {event.key}"
             self.do(actions)
@@ -150,10 +154,10 @@ class Gateway(Process):
                     self._write(lambda job=job: self.world.queue.dead_letters.append(job))
                 case Tell(to, body):
                     self.world.control(self, to, body)
-                case Show(request_id, _, tokens):
-                    self.clients[request_id].take(tokens, self.world.now)
-                case End(request_id, _, tokens, finish, error):
-                    client = self.clients[request_id]
+                case Show(request_id, choice, tokens):
+                    self.clients[client_name(request_id, choice)].take(tokens, self.world.now)
+                case End(request_id, choice, tokens, finish, error):
+                    client = self.clients[client_name(request_id, choice)]
                     client.take(tokens, self.world.now)
                     client.ended, client.error = True, error
                     assert (finish is None) == (error is not None)
@@ -183,3 +187,7 @@ class Gateway(Process):
             self._write(lambda: self.do(self.ledger.put_failed(job.request_id, choice, attempt, self.world.now)))
         else:
             self._write(lambda: self.do(self.ledger.put(job.request_id, choice, attempt, entry)))
+
+
+def client_name(request_id: str, choice: int) -> str:
+    return f"{request_id}/{choice}" if choice else request_id

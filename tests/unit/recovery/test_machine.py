@@ -41,11 +41,13 @@ class Fleet(RuleBasedStateMachine):
         workers = self.world.living(Worker)
         return workers[pick % len(workers)] if workers else None
 
-    @rule(pick=PICK, prompt=st.integers(1, 22), max_tokens=st.integers(1, 24), seed=st.integers(0, 5), stop=st.booleans())
-    def ask(self, pick: int, prompt: int, max_tokens: int, seed: int, stop: bool) -> None:
+    @rule(
+        pick=PICK, prompt=st.integers(1, 22), max_tokens=st.integers(1, 24), seed=st.integers(0, 5), stop=st.booleans(), n=st.integers(1, 3)
+    )
+    def ask(self, pick: int, prompt: int, max_tokens: int, seed: int, stop: bool, n: int) -> None:
         gateway = self.gateways[pick % len(self.gateways)]
         ids = [(7 * i + prompt) % 40 for i in range(prompt)]
-        gateway.submit(Ask(ids, Sampling(seed=seed), max_tokens, [3, 4, 5, 6] if stop else []))
+        gateway.submit(Ask(ids, Sampling(seed=seed), max_tokens, [3, 4, 5, 6] if stop else [], n=n))
 
     @rule(seconds=st.sampled_from((0.001, 0.01, 0.05, 0.3, 1.0, 3.0)))
     def wait(self, seconds: float) -> None:

@@ -126,7 +126,7 @@ def test_rule_4_the_gateway_judges_its_own_entries() -> None:
         found.open("r", ASK, 0.0)
         found.put("r", 0, 1, entry)
         actions = found.judge({entry: state}, at)  # type: ignore[dict-item]
-        found.cancel("r")
+        found.cancel("r", 0, 0.0)
         return any(isinstance(action, Put) for action in actions)
 
     assert judged(Absent(), 2.5)
@@ -334,10 +334,10 @@ def test_rule_13_cancel_frees_every_page_within_a_second() -> None:
 def test_rule_13_cancel_removes_the_entry_and_reaches_every_holder() -> None:
     found, key = ledger()
     found.event("d", Started(key), 0.2)
-    assert found.cancel("r") == [Remove(Entry("interactive", "1-0")), Tell("d", Cancel(key)), Tell("p", Cancel(key))]
+    assert found.cancel("r", 0, 0.0) == [Remove(Entry("interactive", "1-0")), Tell("d", Cancel(key)), Tell("p", Cancel(key))]
     assert found.event("d", beat_of("decode", Holding(key, 1, False, True)), 0.5) == [Tell("d", Cancel(key))], "a lost cancel is said again"
     found.open("late", ASK, 1.0)
-    found.cancel("late")
+    found.cancel("late", 0, 0.0)
     assert found.put("late", 0, 1, Entry("interactive", "2-0")) == [Remove(Entry("interactive", "2-0"))]
 
 

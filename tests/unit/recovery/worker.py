@@ -146,7 +146,7 @@ class Worker(Process):
             if position >= chunk.start:
                 page[position % PAGE_TOKENS] = kv
             assert page[position % PAGE_TOKENS] == kv, f"{self.name}: {sequence.key} reads KV that is not its own at {position}"
-        return Draw(next_token(kv)) if chunk.draws else None
+        return Draw(next_token(kv, sequence.key.choice)) if chunk.draws else None
 
     def _report(self) -> None:
         outcomes, snapshot = self.scheduler.take_outcomes(), self.scheduler.snapshot()

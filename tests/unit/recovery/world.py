@@ -175,7 +175,9 @@ class World:
 
 
 def ask(rng: random.Random, *, prompt: int | None = None, max_tokens: int | None = None) -> Ask:
-    """A small request: a prompt of a few pages, a few tokens out, sometimes a stop id on the way."""
+    """A small request: a prompt of a few pages, a few tokens out, sometimes a stop id on the way, sometimes several answers."""
     ids = [rng.randrange(40) for _ in range(prompt or rng.choice((1, 3, 4, 5, 8, 13, 20)))]
     stop_ids = [rng.randrange(40)] if rng.random() < 0.3 else []
-    return Ask(ids, Sampling(seed=rng.randrange(1000)), max_tokens or rng.choice((1, 2, 5, 12, 24)), stop_ids)
+    return Ask(
+        ids, Sampling(seed=rng.randrange(1000)), max_tokens or rng.choice((1, 2, 5, 12, 24)), stop_ids, n=rng.choice((1, 1, 1, 2, 4))
+    )
