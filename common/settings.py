@@ -24,6 +24,7 @@ MOST_CORES = 65536
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 PolicyName = Literal["prefill_first", "chunked"]
+Anonymous = Literal["loopback", "anyone"]
 
 
 def setting(default: Any, help_text: str, *, low: float | None = None, high: float | None = None, secret: bool = False) -> Any:
@@ -76,6 +77,17 @@ class GatewaySettings(CommonSettings):
     max_queued: int = setting(256, "requests that wait for a prefill; more are answered 429", low=1)
     deadline_s: float = setting(600.0, "a request that is not complete by then is given up", low=1, high=86400)
     write_timeout_s: float = setting(60.0, "a client that takes nothing for this long is disconnected", low=1, high=3600)
+    max_connections: int = setting(4096, "HTTP connections at once; a further one is answered 503", low=1, high=1_000_000)
+    api_keys: str = setting("", "keys that clients must show: KEY or NAME:KEY, separated by commas", secret=True)
+    api_keys_file: str | None = setting(None, "file with more of them, one a line; # begins a comment")
+    key_running: int | None = setting(None, "requests of one key at once; more are answered 429; default: no limit", low=1)
+    key_requests_per_minute: int | None = setting(
+        None, "requests of one key within a minute; more are answered 429; default: no limit", low=1, high=100_000
+    )
+    allow_anonymous: Anonymous = setting(
+        "loopback", "whom to serve without keys: this host only (loopback), or anyone who reaches the port"
+    )
+    cors_origins: str = setting("", "origins whose web pages may call the API, separated by commas, as https://chat.example.org; * for all")
 
 
 S = TypeVar("S", bound=CommonSettings)

@@ -8,16 +8,20 @@ from common.names import BEAT_S
 from common.queue import connect
 from common.service import Service, end, leave, run
 from common.settings import GatewaySettings
+from gateway.access import access_of, origins_of
 from gateway.app import Bounds, create_app
 from gateway.desk import LiveDesk
 from gateway.metrics import Metrics
 from gateway.prompts import Model
-from gateway.server import HttpServer
+from gateway.server import HttpServer, check_open
 
 BODY_S = 30.0
 
 
 async def main(settings: GatewaySettings, service: Service) -> None:
+    access = access_of(settings)
+    origins = origins_of(settings.cors_origins)
+    check_open(settings.http_host, keys=access is not None, anyone=settings.allow_anonymous == "anyone")
     model = await asyncio.to_thread(Model, settings.model, settings.model_name)
     redis = connect(settings.redis_url)
     desk = LiveDesk(
@@ -31,7 +35,13 @@ async def main(settings: GatewaySettings, service: Service) -> None:
     )
     metrics = Metrics()
     bounds = Bounds(settings.max_body_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)
-    server = HttpServer(create_app(desk, model, bounds, metrics), settings.http_host, settings.http_port, write_s=settings.write_timeout_s)
+    server = HttpServer(
+        create_app(desk, model, bounds, metrics, access, origins),
+        settings.http_host,
+        settings.http_port,
+        write_s=settings.write_timeout_s,
+        most=settings.max_connections,
+    )
     try:
         async with asyncio.TaskGroup() as tasks:
             own = [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -16,27 +18,49 @@ from common.logs import get_logger
 from gateway.answers import Answers, Bounds
 from gateway.ask import Desk
 from gateway.bodies import Slow
+from gateway.gate import Access, Gate
+from gateway.keys import Unauthorized
 from gateway.metrics import Metrics
+from gateway.openapi import METRICS, OPERATIONS, Operation, document
+from gateway.page import Page
 from gateway.prompts import Model
 from gateway.replies import error_body, model_body
+from gateway.reply_schemas import Schema
 from gateway.speech import Broken
+from gateway.tokenize import Tokenizer
 
 __all__ = ["Bounds", "create_app"]
 
 log = get_logger(__name__)
 
+EXPOSED = ("Retry-After", "Server-Timing", "WWW-Authenticate")
+"""Headers that a web page of another origin may read."""
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
 
 class Api:
-    """The endpoints. One per gateway process."""
+    """The endpoints, by the names of their operations. One per gateway process."""
 
     def __init__(self, desk: Desk, model: Model, bounds: Bounds, metrics: Metrics) -> None:
         self._desk = desk
         self._model = model
         self._metrics = metrics
         self._answers = Answers(desk, model, bounds, metrics)
-
-    async def root(self, request: Request) -> Response:
-        return JSONResponse({"name": "baton", "model": self._model.name, "api": ["/v1/chat/completions", "/v1/completions", "/v1/models"]})
+        tokenizer = Tokenizer(model, bounds)
+        self.description: Schema = {}
+        self.endpoints: dict[str, Endpoint] = {
+            "chat": self.chat,
+            "completion": self.completion,
+            "models": self.models,
+            "model": self.model,
+            "tokenize": tokenizer.tokenize,
+            "detokenize": tokenizer.detokenize,
+            "metrics": self.metrics,
+            "health": self.health,
+            "ready": self.ready,
+            "openapi": self.openapi,
+        }
 
     async def health(self, request: Request) -> Response:
         """The process lives."""
@@ -51,7 +75,7 @@ class Api:
         return JSONResponse(body, status_code=503 if missing else 200)
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(self._metrics.text(), media_type=METRICS)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model_body(self._model)]})
@@ -61,6 +85,9 @@ class Api:
         if name != self._model.name:
             raise NotFound(f"the model {name!r} does not exist", param="model", code="model_not_found")
         return JSONResponse(model_body(self._model))
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(self.description)
 
     async def chat(self, request: Request) -> Response:
         return await self._answers.answer(request, chat=True)
@@ -77,6 +104,8 @@ async def _request_error(request: Request, error: Exception) -> Response:
     headers = {}
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = error.challenge
     if isinstance(error, TooLarge | Slow):
         headers["Connection"] = "close"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
@@ -99,24 +128,42 @@ async def _unexpected(request: Request, error: Exception) -> Response:
     return JSONResponse(error_body(Broken("the server failed on this request")), status_code=Broken.status)
 
 
-def create_app(desk: Desk, model: Model, bounds: Bounds, metrics: Metrics) -> Starlette:
+def create_app(
+    desk: Desk,
+    model: Model,
+    bounds: Bounds,
+    metrics: Metrics,
+    access: Access | None = None,
+    origins: Sequence[str] = (),
+) -> Starlette:
+    """`access`: None serves everybody. `origins`: whose web pages may call the API; none by default, "*" stands for all."""
     api = Api(desk, model, bounds, metrics)
-    routes: list[tuple[str, Callable[[Request], Awaitable[Response]], str]] = [
-        ("/", api.root, "GET"),
-        ("/health", api.health, "GET"),
-        ("/ready", api.ready, "GET"),
-        ("/metrics", api.metrics, "GET"),
-        ("/v1/models", api.models, "GET"),
-        ("/v1/models/{name:path}", api.model, "GET"),
-        ("/v1/chat/completions", api.chat, "POST"),
-        ("/v1/completions", api.completion, "POST"),
-    ]
+    page = Page(desk, metrics.recent, model.name)
+    endpoints = {**api.endpoints, "fleet": page.fleet}
+    api.description = document(OPERATIONS.values(), model, bounds.deadline_s, keyed=access is not None)
+
+    def route(operation: Operation) -> Route:
+        gate = [] if access is None or operation.open else [Middleware(Gate, access, metrics, metered=operation.metered)]
+        return Route(operation.path, endpoints[operation.name], methods=[operation.method], name=operation.name, middleware=gate)
+
     return Starlette(
-        routes=[Route(path, endpoint, methods=[method]) for path, endpoint, method in routes],
+        routes=[*map(route, OPERATIONS.values()), *page.files()],
+        middleware=[cross_origin(origins)] if origins else [],
         exception_handlers={
             RequestError: _request_error,
             HTTPException: _http_error,
             ClientDisconnect: _left,
             Exception: _unexpected,
         },
+    )
+
+
+def cross_origin(origins: Sequence[str]) -> Middleware:
+    """Browsers may send keys and JSON from these origins; a preflight needs no key. No cookies: there are none."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=EXPOSED,
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from common.errors import RequestError
-from common.messages import FinishReason, Identity, Sampling, Token
+from common.messages import FinishReason, Identity, Incarnation, Sampling, Token, WorkerBeat
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,23 @@ class Desk(Protocol):
         """The fleet's model and limits; None while no worker has ever joined."""
 
     def roles(self) -> dict[str, int]:
-        """Live workers by role."""
+        """Live workers by role, those that drain not counted."""
+
+    @property
+    def workers(self) -> Mapping[Incarnation, WorkerBeat]:
+        """The latest beat of every live worker."""
+
+    @property
+    def running(self) -> int:
+        """Answers accepted and not ended."""
+
+    @property
+    def queued(self) -> int:
+        """Of these, those that no worker has started yet."""
+
+    @property
+    def recoveries(self) -> int:
+        """Attempts started anew since the start."""
 
     def submit(self, ask: Ask) -> Sequence[Answer]:
         """One answer for each choice. Raises Unavailable (a role has no live worker, Redis is away), Overloaded, or BadRequest (larger

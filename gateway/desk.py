@@ -104,6 +104,10 @@ class LiveDesk:
         return len(self._ledger)
 
     @property
+    def queued(self) -> int:
+        return self._ledger.queued
+
+    @property
     def workers(self) -> dict[Incarnation, WorkerBeat]:
         """The latest beat of every live worker."""
         return {name: beat for name, beat in self._beats.items() if name in self._liveness.alive}

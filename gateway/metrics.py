@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from common.slo import Served, tpot_s
 from gateway.ask import Timeline
+from gateway.recent import Recent
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
 TPOT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1)
+SHED = ("overloaded", "service_unavailable_error")
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "other")
 
 
@@ -15,6 +20,7 @@ class Metrics:
     """One gateway's figures, in a registry of their own."""
 
     def __init__(self) -> None:
+        self.recent = Recent()
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter("baton_requests", "Answers by outcome, and refused requests", ["outcome"], registry=r)
@@ -30,20 +36,26 @@ class Metrics:
         self.stages = Histogram("baton_stage_seconds", "The stages of a request", ["stage"], buckets=SECONDS, registry=r)
 
     def refused(self, outcome: str) -> None:
-        """A request has not been accepted: an error's name."""
+        """A request has not been accepted: an error's name. One that was shed counts as served badly, a bad one does not count."""
         self.requests.labels(outcome).inc()
+        if outcome in SHED:
+            self.recent.note(Served(0.0, 0.0, 0, ok=False), time.monotonic())
 
     def ended(self, outcome: str, timeline: Timeline, prompt_tokens: int, output_tokens: int) -> None:
         """An accepted request is over: `outcome` is stop, length, cancelled or an error's name."""
         self.requests.labels(outcome).inc()
         self.prompt_tokens.inc(prompt_tokens)
         self.output_tokens.inc(output_tokens)
-        if outcome not in ("stop", "length"):
+        whole = outcome in ("stop", "length")
+        if outcome != "cancelled":
+            paced = tpot_s(timeline.ttft_s, timeline.total_s, output_tokens)
+            self.recent.note(Served(timeline.ttft_s, paced, output_tokens, ok=whole), time.monotonic())
+        if not whole:
             return
         self.ttft.observe(timeline.ttft_s)
         self.total.observe(timeline.total_s)
         if output_tokens > 1:
-            self.tpot.observe((timeline.total_s - timeline.ttft_s) / (output_tokens - 1))
+            self.tpot.observe(paced)
         for stage in STAGES:
             self.stages.labels(stage).observe(getattr(timeline, f"{stage}_s"))
 

@@ -5,15 +5,15 @@ What Baton does not support yet is refused by name; fields that clients send at 
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from common.errors import BadRequest, NotFound
+from common.errors import BadRequest
 from common.messages import Sampling
 from gateway.ask import Ask
+from gateway.bodies import check_model, json_object
 from gateway.inputs import message_ids, prompts_ids
 from gateway.prompts import Model
 from gateway.values import flag, given, integer, number
@@ -100,9 +100,9 @@ class Limits:
 
 def parse(body: bytes, model: Model, limits: Limits, *, chat: bool) -> Wish:
     """Raises BadRequest naming the field and what it may be, or NotFound for another model."""
-    fields = _object(body)
+    fields = json_object(body)
     _known(fields, CHAT if chat else COMPLETION)
-    _model(fields, model)
+    check_model(fields, model.name)
     prompts = [message_ids(fields, model)] if chat else prompts_ids(fields, model)
     if not all(prompts):
         raise BadRequest("the prompt is empty", param="messages" if chat else "prompt")
@@ -136,22 +136,6 @@ def parse(body: bytes, model: Model, limits: Limits, *, chat: bool) -> Wish:
 # -------------------------------------------------------------------------------------------------------- the whole body
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
-    except UnicodeDecodeError as error:
-        raise BadRequest("the body is not valid UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the body is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise BadRequest("the body must be a JSON object")
-    return given(found)
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
 def _known(fields: dict[str, Any], allowed: frozenset[str]) -> None:
     for name, value in fields.items():
         if name in allowed:
@@ -162,16 +146,6 @@ def _known(fields: dict[str, Any], allowed: frozenset[str]) -> None:
         if harmless is not None or name in UNSUPPORTED or name in CHAT | COMPLETION:
             raise BadRequest(f"{name} is not supported here with this value", param=name, code="unsupported_parameter")
         raise BadRequest(f"{name} is not a parameter of this endpoint", param=name, code="unknown_parameter")
-
-
-def _model(fields: dict[str, Any], model: Model) -> None:
-    name = fields.get("model")
-    if name is None:
-        raise BadRequest("model is missing", param="model")
-    if not isinstance(name, str):
-        raise BadRequest("model must be a string", param="model")
-    if name != model.name:
-        raise NotFound(f"the model {name!r} does not exist; this server serves {model.name!r}", param="model", code="model_not_found")
 
 
 # -------------------------------------------------------------------------------------------------------------- answers

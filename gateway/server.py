@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
+import ipaddress
 import json
+import resource
 import socket
 
 import uvicorn
 from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from common.errors import RequestError, StartError
+from common.errors import RequestError, SettingError, StartError, Unavailable
+from common.logs import get_logger
 from gateway.replies import error_body
+
+log = get_logger(__name__)
 
 BACKLOG = 2048
 HEAD_BYTES = 64 << 10
@@ -23,20 +29,30 @@ SEND_BYTES = 128 << 10
 """The kernel's buffer of a connection: left to itself it grows to megabytes for a client that does not read."""
 PROBE_S = 30
 """A silent connection is probed this often: a peer that vanished without a word is noticed."""
+OTHER_FILES = 256
+"""Of the files a process may have open, this many are not for clients: sockets of the fleet, listening ones, the model."""
+FULL_S = 1.0
+"""A connection beyond the cap is told so when it asks, and closed after this long in any case."""
+MOST_REFUSING = 128
+"""That many are told at once; those beyond are closed without a word."""
+AGAIN_S = 5
+HEALTH = b"GET /health "
+"""Answered even then: a gateway with much to do must not be taken for a dead one."""
 
 
 class HttpServer:
     """Listens from construction on, so that a port in use is said at once. Raises StartError.
 
-    `write_s`: bytes that a client does not take for this long end its connection.
+    `write_s`: bytes that a client does not take for this long end its connection. `most`: connections that are served at once; a further
+    one is refused with a 503.
     """
 
-    def __init__(self, app: Starlette, host: str, port: int, *, write_s: float = 60.0, head_s: float = HEAD_S) -> None:
+    def __init__(self, app: Starlette, host: str, port: int, *, write_s: float = 60.0, head_s: float = HEAD_S, most: int = 1024) -> None:
         self._socket = _listen(host, port, write_s)
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
             app,
-            http=type("Protocol", (_Bounded,), {"head_s": head_s}),
+            http=type("Protocol", (_Bounded,), {"head_s": head_s, "most": room_for(most)}),
             ws="none",
             log_config=None,
             access_log=False,
@@ -64,18 +80,32 @@ class _Quiet(uvicorn.Server):
 
 
 class _Bounded(HttpToolsProtocol):
-    """Uvicorn bounds neither the time nor the size of a request's head."""
+    """Uvicorn bounds neither the time nor the size of a request's head, and of connections it only bounds those that are served."""
 
     head_s = HEAD_S
+    most = 1024
+    _full = False
     _timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     _in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._await_head()
+        over = len(self.connections) - self.most
+        self._full = over > 0
+        if over > MOST_REFUSING:
+            transport.abort()
+        elif self._full:
+            self._timer = self.loop.call_later(FULL_S, transport.close)
+        else:
+            self._await_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._full and not data.startswith(HEALTH):
+            self._refuse(
+                Unavailable(f"this gateway serves {self.most} connections at once: try again later"), f"retry-after: {AGAIN_S}\r\n"
+            )
+            return
         in_body = self._in_body
         super().data_received(data)
         if self.transport.is_closing() or not (self.cycle is None or self.cycle.response_complete):
@@ -83,7 +113,7 @@ class _Bounded(HttpToolsProtocol):
         self._await_head()
         self._head_bytes += 0 if in_body or self._in_body else len(data)
         if self._head_bytes > HEAD_BYTES:
-            self._refuse(431, "Request Header Fields Too Large", f"the head of a request may have {HEAD_BYTES} bytes")
+            self._refuse(_LargeHead(f"the head of a request may have {HEAD_BYTES} bytes"))
 
     def on_headers_complete(self) -> None:
         self._in_body = True
@@ -99,7 +129,7 @@ class _Bounded(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, "Bad Request", msg)
+        self._refuse(RequestError(msg))
 
     def _await_head(self) -> None:
         if self._timer is None:
@@ -111,11 +141,48 @@ class _Bounded(HttpToolsProtocol):
             self._timer.cancel()
             self._timer = None
 
-    def _refuse(self, status: int, phrase: str, message: str) -> None:
-        body = json.dumps(error_body(RequestError(message))).encode()
-        head = f"HTTP/1.1 {status} {phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(head.encode() + body)
+    def _refuse(self, error: RequestError, header: str = "") -> None:
+        body = json.dumps(error_body(error)).encode()
+        head = f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n{header}"
+        self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
+
+
+class _LargeHead(RequestError):
+    status = 431
+
+
+def room_for(connections: int) -> int:
+    """So many of these connections as the process may open files for; its own limit is raised as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < wanted:
+            room = max(1, soft - OTHER_FILES)
+            log.warning("fewer connections than set: the system allows this process too few files", connections=room, files=soft)
+            return room
+    return connections
+
+
+def check_open(host: str, *, keys: bool, anyone: bool) -> None:
+    """Without keys, only this host is served unless the settings say otherwise. Raises SettingError."""
+    if keys or anyone or _is_loopback(host):
+        return
+    raise SettingError(
+        f"http_host is {host!r} and there are no API keys: whoever reaches the port could use the fleet; set api_keys, or http_host to "
+        "127.0.0.1, or allow_anonymous to anyone"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    """As `_listen` will resolve it. A name that is not known is none: listening will say so."""
+    try:
+        addresses = [info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def _listen(host: str, port: int, write_s: float) -> socket.socket:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 from common.errors import RequestError
-from common.messages import Identity, Logprob, Token
+from common.messages import Identity, Logprob, Token, WorkerBeat
 from gateway.ask import Ask, Timeline, Update
 
 
@@ -90,6 +90,8 @@ class EchoDesk:
     def __init__(self, identity: Identity | None) -> None:
         self.identity = identity
         self.live: dict[str, int] = {"prefill": 1, "decode": 1}
+        self.workers: dict[str, WorkerBeat] = {}
+        self.running, self.queued, self.recoveries = 0, 0, 0
         self.scripts: Callable[[Ask], Script] = lambda ask: Script()
         self.asks: list[Ask] = []
         self.answers: list[EchoAnswer] = []

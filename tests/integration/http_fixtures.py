@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import httpx
 
 from common.messages import Identity
 from gateway.app import Bounds, create_app
+from gateway.gate import Access
 from gateway.metrics import Metrics
 from gateway.prompts import Model
 from gateway.server import HttpServer
@@ -31,13 +32,13 @@ MOST_BYTES = 2 << 20
 class Served:
     """A running server: its desk, model, metrics and address."""
 
-    def __init__(self, desk: EchoDesk, model: Model) -> None:
+    def __init__(self, desk: EchoDesk, model: Model, access: Access | None, origins: Sequence[str], most: int) -> None:
         self.desk = desk
         self.model = model
         self.figures = Metrics()
         self._connections: list[socket.socket] = []
-        app = create_app(desk, model, Bounds(MOST_BYTES, BODY_S, 600.0, WRITE_S), self.figures)
-        self.server = HttpServer(app, "127.0.0.1", 0, write_s=WRITE_S, head_s=HEAD_S)
+        self.app = create_app(desk, model, Bounds(MOST_BYTES, BODY_S, 600.0, WRITE_S), self.figures, access, origins)
+        self.server = HttpServer(self.app, "127.0.0.1", 0, write_s=WRITE_S, head_s=HEAD_S, most=most)
         self.port = self.server.port
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -62,9 +63,9 @@ class Served:
 
 
 @contextmanager
-def serving(path: Path) -> Iterator[Served]:
+def serving(path: Path, access: Access | None = None, origins: Sequence[str] = (), most: int = 1024) -> Iterator[Served]:
     model = Model(path, NAME)
-    served = Served(EchoDesk(Identity("f", NAME, model.hash, 2048, 256, 16)), model)
+    served = Served(EchoDesk(Identity("f", NAME, model.hash, 2048, 256, 16)), model, access, origins, most)
     thread = threading.Thread(target=lambda: asyncio.run(served.server.run()), name="http")
     thread.start()
     try:
