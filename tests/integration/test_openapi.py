@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from jsonschema import Draft202012Validator
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from common.errors import Overloaded, Unavailable
 from gateway.gate import Access
