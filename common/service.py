@@ -22,6 +22,7 @@ from common import logs, names
 from common.errors import BatonError, SettingError
 from common.logs import get_logger
 from common.messages import Incarnation, Role
+from common.resolve import resolved
 from common.settings import CommonSettings, load
 
 log = get_logger(__name__)
@@ -111,7 +112,7 @@ async def _live(main: Callable[[S, Service], Awaitable[None]], settings: S, role
     loop.set_exception_handler(partial(_stray, service))
     try:
         service.unready()
-        await main(settings, service)
+        await main(resolved(settings), service)
     except Exception as error:
         service.fail(error)
     finally:
@@ -181,6 +182,16 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def checked(kind: type[CommonSettings], role: Role) -> None:
+    """Answers `--check` and ends the process if that was asked for: nothing heavy need be imported for it."""
+    if "--check" in sys.argv[1:]:
+        leave(run(_nothing, kind, role))
+
+
+async def _nothing(settings: CommonSettings, service: Service) -> None:
+    raise AssertionError("a check runs nothing")
 
 
 def check(settings: CommonSettings) -> int:

@@ -36,7 +36,10 @@ def setting(default: Any, help_text: str, *, low: float | None = None, high: flo
 class CommonSettings:
     redis_url: str = setting("redis://127.0.0.1:6379/0", "Redis 7 or Valkey 8, or newer", secret=True)
     fleet: str = setting("default", "processes of one fleet serve one model together")
-    host: str = setting("127.0.0.1", "address on which internal sockets are bound and announced to the fleet")
+    redis_password_file: str | None = setting(None, "file with the password for redis_url, so that it stands in no environment")
+    host: str = setting(
+        "127.0.0.1", "address on which internal sockets are bound and announced to the fleet; auto: the one by which Redis is reached"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "least severe line to log")
     log_format: Literal["text", "json"] = setting("text", "log lines for people or for machines")
     ready_file: str | None = setting(None, "file written when the process is ready; `--check` looks at it")
@@ -48,6 +51,10 @@ class WorkerSettings(CommonSettings):
     model: str = setting("", "folder of the model (config, tokenizer, safetensors)")
     model_name: str | None = setting(None, "the name clients use; default: the folder's name")
     device: Device = setting("cpu", "where to compute")
+    gpu: str = setting(
+        "auto",
+        "with device cuda: a free GPU of this host by a lease in Redis (auto), the one with this index or UUID, or torch's choice (none)",
+    )
     dtype: DType = setting("auto", "of weights and KV; auto: the model's own")
     cores: str | None = setting(None, "CPU cores for this worker, as 0 or 0-3 or 0,2; default: all it may use")
     pages: int | None = setting(None, "pages of KV in the pool; default: from free memory", low=1)

@@ -64,6 +64,7 @@ async def _export(desk: LiveDesk, metrics: Metrics) -> None:
     """Figures that are states and not events."""
     while True:
         metrics.running.set(desk.running)
+        metrics.queued.set(desk.queued)
         metrics.recoveries.set(desk.recoveries)
         for role in ("prefill", "decode", "colocated"):
             beats = [beat for beat in desk.workers.values() if beat.role == role]

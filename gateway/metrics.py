@@ -6,7 +6,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from common.slo import Served, tpot_s
+from common.slo import CHATBOT, Served, attains, tpot_s
 from gateway.ask import Timeline
 from gateway.recent import Recent
 
@@ -27,6 +27,8 @@ class Metrics:
         self.prompt_tokens = Counter("baton_prompt_tokens", "Tokens of accepted prompts", registry=r)
         self.output_tokens = Counter("baton_output_tokens", "Tokens shown to clients", registry=r)
         self.running = Gauge("baton_running", "Requests accepted and not ended", registry=r)
+        self.queued = Gauge("baton_queued", "Requests that no worker has claimed yet", registry=r)
+        self.good = Counter("baton_good_requests", "Answers that met both chatbot objectives (TTFT 500 ms, TPOT 50 ms)", registry=r)
         self.workers = Gauge("baton_workers", "Live workers by role", ["role"], registry=r)
         self.free_pages = Gauge("baton_free_pages", "Free pages by role", ["role"], registry=r)
         self.recoveries = Gauge("baton_recoveries", "Attempts started anew since the start", registry=r)
@@ -49,7 +51,9 @@ class Metrics:
         whole = outcome in ("stop", "length")
         if outcome != "cancelled":
             paced = tpot_s(timeline.ttft_s, timeline.total_s, output_tokens)
-            self.recent.note(Served(timeline.ttft_s, paced, output_tokens, ok=whole), time.monotonic())
+            served = Served(timeline.ttft_s, paced, output_tokens, ok=whole)
+            self.recent.note(served, time.monotonic())
+            self.good.inc(attains(served, CHATBOT))
         if not whole:
             return
         self.ttft.observe(timeline.ttft_s)

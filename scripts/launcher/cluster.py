@@ -169,6 +169,8 @@ class Cluster:
                 flags = {**common, "device": shape.device, "dtype": shape.dtype, **shape.worker_flags, **shape.role_flags.get(role, {})}
                 if shares is not None:
                     flags["cores"] = shares[len(children)]
+                else:
+                    flags.setdefault("gpu", "none")  # workers of one machine may share a card
                 children.append(Child(f"{role}-{number}", role, f"services.{role}", flags, self.folder))
         for number in range(shape.gateways):
             flags = {**common, "http_port": str(shape.port + number if shape.port else 0), **shape.role_flags.get("gateway", {})}

@@ -95,7 +95,7 @@ def _hub(wanted: str, say: Say) -> Path:
 
 if __name__ == "__main__":
     try:
-        print(obtain(None, lambda words: print(words, file=sys.stderr)))
+        print(obtain(next(iter(sys.argv[1:]), None) or None, lambda words: print(words, file=sys.stderr)))
     except ModelError as problem:
         print(problem, file=sys.stderr)
         sys.exit(1)

@@ -1,8 +1,12 @@
 """`python -m services.prefill`: one prefill worker."""
 
-from common.service import leave
-from services.prefill.worker import PrefillWorker
-from services.worker.start import start
+from common.service import checked, leave
+from common.settings import WorkerSettings
 
 if __name__ == "__main__":
+    checked(WorkerSettings, "prefill")
+
+    from services.prefill.worker import PrefillWorker
+    from services.worker.start import start
+
     leave(start(PrefillWorker))

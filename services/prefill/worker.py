@@ -125,6 +125,10 @@ class PrefillWorker(Worker[Action]):
     def own_figures(self) -> dict[str, float]:
         return {**transfer_figures(self._transfer.counts), "decodes": self._decodes}
 
+    def own_words(self) -> dict[str, str]:
+        """What carries the pages, by UCX's own report; empty until the first have left."""
+        return {"transport": self._transfer.transport}
+
     def close(self) -> None:
         self._transfer.close()
         self._peers.close()

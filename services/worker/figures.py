@@ -16,9 +16,10 @@ PREFIX = "baton_worker_"
 class Figures:
     """Serves what `read` returns: names ending in `_total` that only grow are counters, everything else is a gauge."""
 
-    def __init__(self, host: str, port: int, read: Callable[[], dict[str, float]]) -> None:
+    def __init__(self, host: str, port: int, read: Callable[[], dict[str, float]], words: Callable[[], dict[str, str]]) -> None:
+        """`words`: what is said and not counted, as a label of a gauge that is 1."""
         registry = CollectorRegistry()
-        registry.register(_Collector(read))  # type: ignore[arg-type]
+        registry.register(_Collector(read, words))  # type: ignore[arg-type]
         try:
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
@@ -32,10 +33,15 @@ class Figures:
 
 
 class _Collector:
-    def __init__(self, read: Callable[[], dict[str, float]]) -> None:
+    def __init__(self, read: Callable[[], dict[str, float]], words: Callable[[], dict[str, str]]) -> None:
         self._read = read
+        self._words = words
 
     def collect(self) -> Iterable[Metric]:
+        for name, word in self._words().items():
+            said = GaugeMetricFamily(PREFIX + name, name, labels=[name])
+            said.add_metric([word], 1)
+            yield said
         for name, value in self._read().items():
             if name.endswith("_total") and name != "pages_total":
                 yield CounterMetricFamily(PREFIX + name.removesuffix("_total"), name, value=value)

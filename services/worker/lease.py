@@ -66,9 +66,10 @@ class LeaseLost(BatonError):
 
 
 def choose(wanted: str, gpus: Sequence[Gpu], visible: str | None) -> Choice:
-    """Decide from the setting `gpu`, the cards of this host and CUDA_VISIBLE_DEVICES, which bounds the choice. Raises Setting- and StartError.
+    """Decide from the setting `gpu`, the cards of this host and CUDA_VISIBLE_DEVICES, which bounds the choice.
 
-    Cards that nobody uses come first: after a Redis was emptied a lease may be missing for a moment, but its memory is not.
+    Cards that nobody uses come first: after a Redis was emptied a lease may be missing for a moment, but the memory in use is not.
+    Raises SettingError and StartError.
     """
     if wanted == "none":
         return Choice("none")
@@ -145,7 +146,7 @@ async def claim(
                 return lease
         if time.monotonic() >= give_up:
             raise StartError(
-                f"all {len(gpus)} GPUs of this host that this worker may use are taken: start fewer workers, or set gpu to an index to share one"
+                f"all {len(gpus)} GPUs of this host for this worker are taken: start fewer workers, or share one by setting gpu to an index"
             )
         if not said:
             log.info("every GPU is taken: waiting for one", gpus=len(gpus), wait_s=wait_s)
@@ -154,7 +155,7 @@ async def claim(
 
 
 async def keep(lease: Lease, lost: Callable[[BaseException], None]) -> None:
-    """Renew with every beat until cancelled, or until the card is somebody else's: `lost` hears of it, once."""
+    """Renew with every beat until cancelled, or until the card is somebody else's or cannot be kept: `lost` hears of it, once."""
     away = False
     while True:
         await asyncio.sleep(names.BEAT_S)
@@ -165,6 +166,9 @@ async def keep(lease: Lease, lost: Callable[[BaseException], None]) -> None:
                 log.warning("the lease of the GPU cannot be renewed", reason=error)
             away = True
             continue
+        except Exception as error:
+            lost(error)
+            return
         away = False
         if not ours:
             lost(LeaseLost(f"GPU {lease.gpu.index} ({lease.gpu.uuid}) was given to another worker while this one was silent"))
@@ -190,7 +194,8 @@ async def leased(settings: WorkerSettings, redis: Redis, service: Service) -> As
         try:
             yield
         finally:
-            await end(keeping)
+            if not keeping.done():
+                await end(keeping)
             try:
                 await lease.release()
             except QueueError as error:

@@ -12,6 +12,7 @@ from common.messages import Identity, Role
 from common.queue import connect
 from common.service import Service, run
 from common.settings import WorkerSettings
+from services.worker.lease import leased
 from services.worker.room import Room, build, pin
 
 
@@ -34,9 +35,10 @@ def start(kind: Kind) -> int:
         pin(settings)
         redis = connect(settings.redis_url)
         try:
-            room = await asyncio.to_thread(build, settings)
-            identity = await Fleet(redis, settings.fleet).join(room.identity)
-            await kind(room, settings, service, redis, identity).run()
+            async with leased(settings, redis, service):
+                room = await asyncio.to_thread(build, settings)
+                identity = await Fleet(redis, settings.fleet).join(room.identity)
+                await kind(room, settings, service, redis, identity).run()
         finally:
             await redis.aclose()
 

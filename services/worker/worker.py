@@ -113,6 +113,10 @@ class Worker(ABC, Generic[A]):
         """Further figures of this role."""
         return {}
 
+    def own_words(self) -> dict[str, str]:
+        """What this role exports in words."""
+        return {}
+
     def close(self) -> None:
         """Release what the role holds."""
 
@@ -121,7 +125,7 @@ class Worker(ABC, Generic[A]):
     async def run(self) -> None:
         """Serve until the service stops, drain, and leave nothing behind."""
         self.engine.start()
-        figures = Figures(self.settings.host, self.settings.metrics_port, self._figures)
+        figures = Figures(self.settings.host, self.settings.metrics_port, self._figures, self.own_words)
         try:
             async with asyncio.TaskGroup() as tasks:
                 background = [

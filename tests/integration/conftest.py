@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def figures(cluster: Cluster, name: str) -> dict[str, float]:
     return {name.removeprefix("baton_worker_"): float(value) for name, value in lines}
 
 
+def transport(cluster: Cluster, name: str) -> str:
+    """What carries a prefill's pages, by UCX's own report."""
+    return next(name for name in figures(cluster, name) if name.startswith("transport{")).partition('"')[2].partition('"')[0]
+
+
 def assert_conserved(cluster: Cluster) -> None:
     """Everything is free once the work is done: no page held or in transit, nothing kept for anybody."""
     give_up = time.monotonic() + SETTLE_S
@@ -54,26 +60,29 @@ def assert_conserved(cluster: Cluster) -> None:
 
 @pytest.fixture(scope="module")
 def launch(smollm2: Path) -> Iterator[Callable[..., Cluster]]:
-    """Start systems; all end with the module, after a look at their pools."""
-    running: list[Cluster] = []
+    """Start systems; all end with the module."""
+    with ExitStack() as running:
 
-    def start(**shape: Any) -> Cluster:
-        cluster = Cluster(small(smollm2, **shape))
-        cluster.start()
-        running.append(cluster)
-        for url in cluster.urls:
-            wait_served(url)
-        return cluster
+        def start(**shape: Any) -> Cluster:
+            cluster = running.enter_context(Cluster(small(smollm2, **shape)))
+            serve(cluster)
+            return cluster
 
-    yield start
-    for cluster in running:
-        cluster.stop()
+        yield start
 
 
-@pytest.fixture(scope="module")
-def pair(launch: Callable[..., Cluster]) -> Cluster:
-    """One prefill, one decode, one gateway."""
-    return launch()
+@pytest.fixture(scope="session")
+def pair(smollm2: Path) -> Iterator[Cluster]:
+    """One prefill, one decode, one gateway, for all tests that leave them as they were."""
+    with Cluster(small(smollm2)) as cluster:
+        serve(cluster)
+        yield cluster
+
+
+def serve(cluster: Cluster) -> None:
+    cluster.start()
+    for url in cluster.urls:
+        wait_served(url)
 
 
 @pytest.fixture

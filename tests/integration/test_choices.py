@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from scripts.launcher.cluster import Cluster
-from tests.integration.conftest import figures
+from tests.integration.conftest import figures, transport
 
 MODEL = "smollm2"
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]
@@ -37,6 +37,7 @@ def test_four_greedy_answers_are_equal_and_cost_one_transfer(pair: Cluster, clie
     assert [choice.text for choice in four.choices] == [one.choices[0].text] * 4
     assert [choice.index for choice in four.choices] == [0, 1, 2, 3]
     assert sent(pair) - before == 2 * for_one > 0
+    assert "tcp" not in transport(pair, "prefill-0") and transport(pair, "prefill-0")
     assert one.usage is not None and four.usage is not None
     assert four.usage.prompt_tokens == one.usage.prompt_tokens and four.usage.completion_tokens == 4 * 24
 

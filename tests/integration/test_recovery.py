@@ -37,9 +37,15 @@ def short(smollm2: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def four(launch: Callable[..., Cluster]) -> Cluster:
-    """A replica of each role."""
+def both(launch: Callable[..., Cluster]) -> Cluster:
     return launch(prefill=2, decode=2)
+
+
+@pytest.fixture
+def four(both: Cluster) -> Cluster:
+    """A replica of each role, all alive, none about to die."""
+    revive(both, {})
+    return both
 
 
 def talk(cluster: Cluster, asked: list[dict[str, Any]], meanwhile: Callable[[list[Heard]], Awaitable[None]]) -> list[Heard]:
@@ -79,12 +85,17 @@ def known_workers(cluster: Cluster) -> dict[str, int]:
     return found
 
 
-def revive(cluster: Cluster, name: str, **flags: str) -> None:
-    """Start a dead worker again, with these flags, and wait until the gateway and every prefill have met it."""
-    child = cluster.children[name]
-    child.flags.pop("die", None)
-    child.flags.update(flags)
-    cluster.restart(name)
+def revive(cluster: Cluster, deaths: dict[str, str]) -> None:
+    """Start dead workers again, and those that are to die (or were) with what they die of; wait until the gateway and every prefill have
+    met everybody."""
+    for child in cluster.workers:
+        if child.alive and child.name not in deaths and "die" not in child.flags:
+            continue
+        cluster.kill(child.name)
+        child.flags.pop("die", None)
+        child.flags.update({"die": deaths[child.name]} if child.name in deaths else {})
+        cluster.restart(child.name, wait=False)
+    cluster.wait_ready()
     give_up = time.monotonic() + 20
     decodes = len(cluster.of("decode"))
     while known_workers(cluster) != {"prefill": len(cluster.of("prefill")), "decode": decodes} or any(
@@ -96,21 +107,19 @@ def revive(cluster: Cluster, name: str, **flags: str) -> None:
 
 @pytest.mark.timeout(60 + 60 * KILLS)
 @pytest.mark.parametrize("stage", list(WHERE))
-def test_kill_9_in_each_stage(four: Cluster, short: list[dict[str, Any]], stage: str) -> None:
+def test_kill_9_in_each_stage(both: Cluster, short: list[dict[str, Any]], stage: str) -> None:
     """Six at once, so that the worker that dies catches some. A decode that dies between commit and `Committed` costs no new attempt:
     the prefill still holds the pages and offers them to the other decode."""
     name = f"{WHERE[stage]}-0"
     for _ in range(KILLS):
-        four.kill(name)
-        revive(four, name, die=f"{stage}:{20 if stage == 'decode' else 1}")
-        child = four.children[name]
-        heard = talk(four, short[:6], nothing)
+        revive(both, {name: f"{stage}:{20 if stage == 'decode' else 1}"})
+        child = both.children[name]
+        heard = talk(both, short[:6], nothing)
         assert not child.alive, "the worker did not come to that stage"
         assert_undisturbed(short[:6], heard)
         again = [one for one in heard if one.timeline["attempts"] > 1]
         assert again or stage == "decode_queue", "nobody was caught by the death"
-        assert_conserved(four)
-    revive(four, name)
+        assert_conserved(both)
 
 
 @pytest.mark.timeout(120)
@@ -121,9 +130,6 @@ def test_dead_decode_is_noticed_within_three_seconds(four: Cluster, short: list[
     heard = talk(four, short[:4], kill_and_wait(four, before, killed))
     assert_undisturbed(short[:4], heard)
     assert killed[1] - killed[0] <= 3.0
-    for child in four.of("decode"):
-        if not child.alive:
-            revive(four, child.name)
     assert_conserved(four)
 
 
@@ -230,7 +236,6 @@ def test_sigterm_hands_everything_back(four: Cluster, short: list[dict[str, Any]
     assert_undisturbed(short[:4], heard)
     process = four.children[drained[0]].process
     assert process is not None and process.wait(20) == 0
-    revive(four, drained[0])
 
 
 @pytest.mark.timeout(120)

@@ -1,0 +1,27 @@
+# Prefill, decode and colocated workers, and the one-shot service that puts the model into the volume.
+ARG BASE_IMAGE=python:3.12-slim-bookworm
+FROM ${BASE_IMAGE}
+# pip: UCX out of its wheel (shared memory, CUDA, TCP). system: the base image's own UCX, or else Debian's, for verbs.
+ARG UCX=pip
+RUN if [ "$UCX" = system ] && ! ldconfig -p | grep -q libucp; then \
+      apt-get update && apt-get install -y --no-install-recommends libucx0 ibverbs-providers && rm -rf /var/lib/apt/lists/*; \
+    fi
+RUN python3 -m venv /opt/baton
+ENV PATH=/opt/baton/bin:$PATH PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+WORKDIR /baton
+COPY constraints.txt ./
+# An index of wheels to look at besides, where it answers: without CUDA torch is a tenth as large.
+ARG TORCH_INDEX=
+RUN extra="" \
+ && if [ -n "$TORCH_INDEX" ] && python -c "import sys, urllib.request as u; u.urlopen(sys.argv[1] + '/torch/', timeout=5)" "$TORCH_INDEX"; then \
+      extra="--extra-index-url $TORCH_INDEX"; \
+    fi \
+ && pip install --no-cache-dir --disable-pip-version-check -c constraints.txt $extra \
+      accelerate gguf huggingface_hub msgspec numpy nvidia-ml-py prometheus_client pyzmq redis safetensors torch transformers ucxx-cu13 uvloop xxhash
+COPY common common
+COPY services services
+COPY scripts scripts
+RUN python -m compileall -q common services scripts \
+ && mkdir /models && chown 10001:10001 /models
+USER 10001:10001
+ENV HOME=/tmp XDG_CACHE_HOME=/models HF_HOME=/models/hub
