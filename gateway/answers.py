@@ -20,7 +20,7 @@ from gateway.chorus import Chorus
 from gateway.metrics import Metrics
 from gateway.parameters import Limits, Wish, parse
 from gateway.prompts import Model
-from gateway.replies import Form, error_body, server_timing, timeline_body
+from gateway.replies import Form, error_body, server_timing, timeline_body, usage_body
 from gateway.speech import Broken, Piece, Speech
 from gateway.sse import DONE, KEEP_ALIVE_S, EventStream, event, gone
 
@@ -186,7 +186,9 @@ async def _events(
             chunk = form.chunk(choice, piece)
             if piece.finish is not None and wish.timeline:
                 chunk["baton"] = timeline_body(speeches[choice].timeline.settled())
-            if wish.include_usage:
+            if wish.running_usage:
+                chunk["usage"] = usage_body(said.chorus.usage)
+            elif wish.include_usage:
                 chunk["usage"] = None
             yield event(chunk)
             words = await anext(pieces, None)

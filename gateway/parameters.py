@@ -72,6 +72,7 @@ SHARED = frozenset(
     }
 )
 CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
+STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats", "include_obfuscation"})
 COMPLETION = SHARED | {"prompt", "echo", "best_of"}
 
 
@@ -88,6 +89,8 @@ class Wish:
     """Baton's extension: the five stages in the last chunk."""
     echo: bool = False
     """The prompt's text comes before the answer's."""
+    running_usage: bool = False
+    """vLLM's extension: every chunk of a stream tells the usage so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +125,14 @@ def parse(body: bytes, model: Model, limits: Limits, *, chat: bool) -> Wish:
         for prompt in prompts
     ]
     stream = flag(fields, "stream")
+    options = _stream_options(fields, stream)
     return Wish(
         asks=asks,
         chat=chat,
         stream=stream,
         stops=_stops(fields),
-        include_usage=_include_usage(fields, stream),
+        include_usage=flag(options, "include_usage", within="stream_options."),
+        running_usage=flag(options, "continuous_usage_stats", within="stream_options."),
         timeline=flag(fields, "timeline"),
         echo=_echo(fields),
     )
@@ -259,12 +264,12 @@ def _max_tokens(fields: dict[str, Any], prompt: int, context: int, *, chat: bool
     return wanted
 
 
-def _include_usage(fields: dict[str, Any], stream: bool) -> bool:
+def _stream_options(fields: dict[str, Any], stream: bool) -> dict[str, Any]:
     options = fields.get("stream_options")
     if options is None:
-        return False
-    if not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}:
-        raise BadRequest("stream_options must be an object with include_usage", param="stream_options")
+        return {}
+    if not isinstance(options, dict) or set(options) - STREAM_OPTIONS:
+        raise BadRequest(f"stream_options must be an object of {', '.join(sorted(STREAM_OPTIONS))}", param="stream_options")
     if not stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
-    return flag(given(options), "include_usage", within="stream_options.")
+    return given(options)

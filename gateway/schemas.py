@@ -96,7 +96,11 @@ def _shared(model: Model, deadline_s: float) -> dict[str, Schema]:
         "stream_options": {
             "type": "object",
             "description": "With stream only",
-            "properties": {"include_usage": _or_null(_flag("A last chunk with usage and no choices")), "include_obfuscation": {}},
+            "properties": {
+                "include_usage": _or_null(_flag("A last chunk with usage and no choices")),
+                "continuous_usage_stats": _or_null(_flag("Usage so far in every chunk (vLLM's extension)")),
+                "include_obfuscation": {},
+            },
             "additionalProperties": False,
         },
         "timeline": _flag("Add the five stages of the request, in milliseconds, to the answer or its last chunk (Baton's own)"),

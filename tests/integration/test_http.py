@@ -182,6 +182,13 @@ def test_the_async_client_too(served: Served) -> None:
     assert asyncio.run(talk()) == SENTENCE
 
 
+def test_usage_so_far_in_every_chunk(client: openai.OpenAI) -> None:
+    """As load generators made for vLLM ask for it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(client.completions.create(model=NAME, prompt="one two", max_tokens=3, stream=True, stream_options=options))  # type: ignore[call-overload]
+    assert [chunk.usage.completion_tokens for chunk in chunks] == [*range(1, len(chunks)), len(chunks) - 1]
+
+
 # ------------------------------------------------------------------------------------------------------------- the bad
 
 

@@ -42,6 +42,7 @@ SAMPLES: list[Any] = [
     ),
     *({}, {"type": "text"}, {"a": 1}, {"5": 1}, {"5": -101}, {"5": True}, {"-5": 1}, {"5": None}, {str(n): 0 for n in range(1025)}),
     *({"include_usage": True}, {"include_usage": None}, {"include_usage": 1}, {"include_obfuscation": False}, {"other": 1}),
+    *({"continuous_usage_stats": True}, {"continuous_usage_stats": 1}),
     *(
         HELLO,
         HELLO * 3,

@@ -257,6 +257,7 @@ BAD_COMPLETION: list[tuple[dict[str, Any], str]] = [
     ({"stream": True, "stream_options": 5}, "stream_options"),
     ({"stream": True, "stream_options": {"other": 1}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, "stream_options.continuous_usage_stats"),
     ({"ignore_eos": 1}, "ignore_eos"),
     ({"timeline": "x"}, "timeline"),
 ]
