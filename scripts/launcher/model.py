@@ -74,6 +74,7 @@ def _default(say: Say) -> Path:
 
 
 def _materialise(gguf: Path, folder: Path, say: Say) -> Path:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own words are the progress; read when tqdm is imported
     from common.errors import StartError
     from services.engine.weights import materialise
 
