@@ -161,9 +161,9 @@ class _Said:
             return
         self._closed = True
         self.chorus.cancel()
-        for speech in self.chorus.speeches:
-            usage = speech.usage
-            self._metrics.ended(speech.finish or self._outcome, speech.timeline.settled(), usage.prompt_tokens, usage.completion_tokens)
+        for choice, speech in enumerate(self.chorus.speeches):
+            prompt_tokens = speech.usage.prompt_tokens if self.chorus.leads(choice) else 0
+            self._metrics.ended(speech.finish or self._outcome, speech.timeline.settled(), prompt_tokens, speech.usage.completion_tokens)
 
 
 def outcome(error: RequestError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from gateway.ask import Timeline
 from gateway.speech import Piece, Speech, Usage
@@ -27,6 +28,10 @@ class Chorus:
         prompts = sum(speech.usage.prompt_tokens for speech in self.speeches[:: self._n])
         return Usage(prompts, sum(speech.usage.completion_tokens for speech in self.speeches))
 
+    def leads(self, choice: int) -> bool:
+        """Whether this is the first answer to its prompt."""
+        return choice % self._n == 0
+
     def cancel(self) -> None:
         """The last one first: the others may travel with the first one."""
         for speech in reversed(self.speeches):
@@ -35,8 +40,9 @@ class Chorus:
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(choice, piece). Raises the RequestError with which the first of them failed."""
         if len(self.speeches) == 1:
-            async for piece in self.speeches[0].pieces():
-                yield 0, piece
+            async with aclosing(self.speeches[0].pieces()) as pieces:
+                async for piece in pieces:
+                    yield 0, piece
             return
         # Bounded: a client that does not read holds its own answers up, and nobody's memory.
         said: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(len(self.speeches))
@@ -59,8 +65,9 @@ class Chorus:
 
 async def _tell(index: int, speech: Speech, said: asyncio.Queue[tuple[int, Piece] | Exception | None]) -> None:
     try:
-        async for piece in speech.pieces():
-            await said.put((index, piece))
+        async with aclosing(speech.pieces()) as pieces:
+            async for piece in pieces:
+                await said.put((index, piece))
     except Exception as error:
         await said.put(error)
     else:

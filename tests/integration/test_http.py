@@ -189,6 +189,14 @@ def test_usage_so_far_in_every_chunk(client: openai.OpenAI) -> None:
     assert [chunk.usage.completion_tokens for chunk in chunks] == [*range(1, len(chunks)), len(chunks) - 1]
 
 
+def test_each_answer_is_counted_and_each_prompt_once(served: Served, client: openai.OpenAI) -> None:
+    before, prompts = served.outcomes(), served.figures.prompt_tokens._value.get()
+    answer = client.completions.create(model=NAME, prompt=["one two", "three"], max_tokens=2, n=3)
+    assert answer.usage is not None
+    assert served.outcomes()["length"] - before.get("length", 0) + served.outcomes().get("stop", 0) - before.get("stop", 0) == 6
+    assert served.figures.prompt_tokens._value.get() - prompts == answer.usage.prompt_tokens
+
+
 # ------------------------------------------------------------------------------------------------------------- the bad
 
 
