@@ -6,7 +6,7 @@ ENV PATH=/opt/baton/bin:$PATH PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 WORKDIR /baton
 COPY constraints.txt ./
 RUN pip install --no-cache-dir --disable-pip-version-check -c constraints.txt \
-      httptools Jinja2 msgspec prometheus_client pyzmq redis starlette tokenizers uvicorn uvloop \
+      httptools Jinja2 msgspec prometheus_client pyzmq redis starlette tokenizers transformers uvicorn uvloop \
  && pip uninstall -q -y pip
 COPY common common
 COPY gateway gateway
