@@ -1,13 +1,19 @@
-"""What every test may use: the real small model, and sane defaults for threads and hypothesis."""
+"""What every test may use: the real small model, whole systems that serve it, and sane defaults for threads and hypothesis."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from scripts.launcher.cluster import Cluster
+from tests.systems import assert_conserved, serve, small
 
 settings.register_profile("here", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("here")
@@ -21,3 +27,30 @@ def smollm2() -> Path:
     if not found:
         pytest.fail("BATON_TEST_MODEL is not set: run the tests by ./scripts/test")
     return Path(found)
+
+
+@pytest.fixture(scope="module")
+def launch(smollm2: Path) -> Iterator[Callable[..., Cluster]]:
+    """Start systems; all end with the module."""
+    with ExitStack() as running:
+
+        def start(**shape: Any) -> Cluster:
+            cluster = running.enter_context(Cluster(small(smollm2, **shape)))
+            serve(cluster)
+            return cluster
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def pair(smollm2: Path) -> Iterator[Cluster]:
+    """One prefill, one decode, one gateway, for all tests that leave them as they were."""
+    with Cluster(small(smollm2)) as cluster:
+        serve(cluster)
+        yield cluster
+
+
+@pytest.fixture
+def conserved(pair: Cluster) -> Iterator[None]:
+    yield
+    assert_conserved(pair)

@@ -17,7 +17,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from scripts.launcher.cluster import Cluster
 from tests.browser.conftest import DESKTOP, PHONE
-from tests.integration.conftest import figures
+from tests.systems import figures
 
 PATIENCE_S = 30.0
 pytestmark = pytest.mark.timeout(120)

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from scripts.launcher.cluster import Cluster
-from tests.integration.conftest import assert_conserved
+from tests.systems import assert_conserved
 
 MODEL = "smollm2"
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]

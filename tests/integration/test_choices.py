@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from scripts.launcher.cluster import Cluster
-from tests.integration.conftest import figures, transport
+from tests.systems import figures, transport
 
 MODEL = "smollm2"
 PARIS = [{"role": "user", "content": "What is the capital of France?"}]

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from scripts.launcher.cluster import Cluster
-from tests.integration.conftest import assert_conserved, figures
 from tests.integration.talk import Heard, body, listen_all
 from tests.references import TOKENS, Reference, references
+from tests.systems import assert_conserved, figures
 
 FULL = bool(os.environ.get("BATON_TEST_FULL"))
 ALONE = 30 if FULL else 2

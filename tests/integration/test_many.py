@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from scripts.launcher.cluster import Cluster
-from tests.integration.conftest import assert_conserved, figures
 from tests.integration.talk import body, listen_all
 from tests.references import references
+from tests.systems import assert_conserved, figures
 
 STREAMS = 64
 TOKENS = 24

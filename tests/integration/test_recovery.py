@@ -17,9 +17,9 @@ import httpx
 import pytest
 
 from scripts.launcher.cluster import Cluster
-from tests.integration.conftest import assert_conserved, figures
 from tests.integration.talk import Heard, body, listen
 from tests.references import references
+from tests.systems import assert_conserved, figures
 
 KILLS = int(os.environ.get("BATON_TEST_KILLS", "1"))
 TOKENS = 64
