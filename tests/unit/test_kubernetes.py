@@ -124,6 +124,7 @@ def test_processes_start_with_settings_that_exist(name: str, kind: type[CommonSe
     assert settings.host == "auto"
     assert settings.ready_file is not None
     assert spec["terminationGracePeriodSeconds"] > settings.drain_s + 5, "killed while it drains"
+    assert spec["enableServiceLinks"] is False, "a service called baton would set variables that are no settings"
     if isinstance(settings, WorkerSettings):
         assert settings.gpu == "none"
         assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
