@@ -48,7 +48,7 @@ async def test_claiming_ends_whenever_it_is_told_to(redis: Redis, redis_url: str
 
     async with connect(redis_url) as other:
         jobs = JobQueue(other, "f", "fp")
-        for number in range(300):
+        for number in range(200):
             claiming = asyncio.create_task(claim())
             await asyncio.sleep(0.002)
             putting = asyncio.create_task(jobs.put(Job(f"r{number}", "g", "t", [1], [Choice(0, 1)], Sampling(), 4), "interactive"))

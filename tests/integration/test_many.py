@@ -14,7 +14,7 @@ from tests.references import references
 from tests.systems import assert_conserved, figures
 
 STREAMS = 64
-TOKENS = 24
+TOKENS = 16
 
 
 @pytest.mark.timeout(400)
