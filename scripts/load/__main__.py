@@ -11,7 +11,8 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from datetime import date
 from typing import Any
 
@@ -20,7 +21,7 @@ import httpx
 from scripts.launcher.cluster import ClusterError
 from scripts.launcher.model import ModelError, obtain
 from scripts.launcher.show import Progress
-from scripts.load import plots, results
+from scripts.load import interference, plots, results
 from scripts.load.client import look
 from scripts.load.curve import Curve
 from scripts.load.judge import Yardstick, fixed, scales
@@ -41,6 +42,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     say = Progress()
     try:
+        if chosen.interference:
+            print(json.dumps(interfere(chosen, say)), flush=True)
+            return 0
         result = json.loads(chosen.replot.read_text()) if chosen.replot else measure(chosen, say)
     except (ModelError, ClusterError, WorkloadError, RuntimeError, httpx.HTTPError, OSError, json.JSONDecodeError) as error:
         print(f"./scripts/goodput: {error}", file=sys.stderr)
@@ -68,17 +72,44 @@ def measure(chosen: argparse.Namespace, say: Say) -> dict[str, Any]:
     hardware = Hardware(model, chosen.device, chosen.dtype, chosen.pages, chosen.context, chosen.prefill, chosen.decode)
     priority = raise_own_priority()
     say(f"generator, gateways and Valkey run at priority {priority}")
-    plan = Plan(chosen.seconds, chosen.least, chosen.most, chosen.cv, chosen.seed, chosen.shares)
+    plan = planned(chosen)
+    with running(chosen, hardware, workload, writer, plan, say) as targets:
+        bench = Bench(targets, workload, writer, plan, say)
+        return asyncio.run(compare(chosen, bench, workload, say))
+
+
+def interfere(chosen: argparse.Namespace, say: Say) -> dict[str, Any]:
+    """Time between tokens without and with long prompts, each target in turn. Raises the errors that `main` names."""
+    model = obtain(chosen.model, say)
+    load, workload = interference.Load(), interference.workload(chosen.context)
+    writer = Writer(model, workload, chosen.seed)
+    hardware = Hardware(model, chosen.device, chosen.dtype, chosen.pages, chosen.context, chosen.prefill, chosen.decode)
+    raise_own_priority()
+    found = {}
+    with running(chosen, hardware, workload, writer, planned(chosen), say) as targets:
+        for number, target in enumerate(targets):
+            asyncio.run(interference.measure(target, writer, interference.Load(half_s=5.0), 2 * number))  # warms up
+            found[target.name] = asyncio.run(interference.measure(target, writer, load, 2 * number + 1))
+            say(f"{target.name}: {found[target.name]}")
+    return {**about(), "load": asdict(load), "found": found}
+
+
+def planned(chosen: argparse.Namespace) -> Plan:
+    return Plan(chosen.seconds, chosen.least, chosen.most, chosen.cv, chosen.seed, chosen.shares)
+
+
+@contextlib.contextmanager
+def running(
+    chosen: argparse.Namespace, hardware: Hardware, workload: Workload, writer: Writer, plan: Plan, say: Say
+) -> Iterator[list[Target]]:
+    """Everything that was asked for, started or found."""
     wanted = [one for kind in chosen.start if kind != "chunked" for one in variants(kind, hardware)]
     if "chunked" in chosen.start:
         wanted += variants("chunked", hardware, tuned(chosen, hardware, workload, writer, plan, say))
-    with contextlib.ExitStack() as stack:
-        targets = [reach(variant, cluster) for variant, cluster in stack.enter_context(started(wanted, say))]
+    with started(wanted, say) as clusters:
+        targets = [reach(variant, cluster) for variant, cluster in clusters]
         targets += [foreign(words, chosen) for words in chosen.url]
-        if not targets:
-            raise RuntimeError("nothing to measure: give --start or --url")
-        bench = Bench(targets, workload, writer, plan, say)
-        return asyncio.run(compare(chosen, bench, workload, say))
+        yield targets
 
 
 def reach(variant: Variant, cluster: Any) -> Target:
@@ -139,9 +170,7 @@ async def compare(chosen: argparse.Namespace, bench: Bench, workload: Workload, 
     rate = max(one[word]["rate"] for one in found["goodput"].values()) or chosen.rate
     swept = await at_one_rate(bench, rate, yardstick)
     return {
-        "made": str(date.today()),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-        "command": "./scripts/goodput " + " ".join(sys.argv[1:]),
+        **about(),
         "workload": {
             "name": workload.name,
             "factor": workload.factor,
@@ -160,6 +189,14 @@ async def compare(chosen: argparse.Namespace, bench: Bench, workload: Workload, 
         "trials": [results.trial_summary(one, yardstick) for one in bench.trials],
         "records": [[results.record_body(record) for record in one.records] for one in bench.trials],
         "sweep": sweep_body(rate, swept, yardstick),
+    }
+
+
+def about() -> dict[str, Any]:
+    return {
+        "made": str(date.today()),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "command": " ".join(["./scripts/goodput", *sys.argv[1:]]),
     }
 
 

@@ -44,6 +44,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--slo-scale", default=None, metavar="K[,K]", help="objectives as multiples of what the first target takes when idle [3]"
     )
     parser.add_argument("--cv", type=float, default=1.0, help="of the gaps between arrivals: 1 Poisson, 0 even, more is burstier [1]")
+    parser.add_argument(
+        "--interference", action="store_true", help="instead: time between tokens of running streams while long prompts arrive"
+    )
     parser.add_argument("--quick", action="store_true", help="short requests and few of them: under ten minutes on two cores")
     parser.add_argument("--rate", type=float, help="first rate to try, requests/s [1; quick 2]")
     parser.add_argument("--shares", default="0.9", help="attainments to search the goodput of, as 0.9,0.99 [0.9]")
