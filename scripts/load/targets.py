@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from scripts.launcher.__main__ import wait_served
 from scripts.launcher.cluster import Cluster, Shape, share_cores
 from scripts.load.client import Server
 
@@ -111,6 +112,7 @@ def started(wanted: Iterable[Variant], say: Callable[[str], None]) -> Iterator[l
             say(f"starting {variant.name} on cores {' | '.join(share_cores(_workers(variant.shape)))}")
             cluster = stack.enter_context(Cluster(variant.shape))
             cluster.start()
+            wait_served(cluster.urls[0])
             running.append((variant, cluster))
         yield running
 
