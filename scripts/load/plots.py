@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from scripts.load.client import STAGES
+from scripts.load.curve import wilson
 
 COLOURS = {"disaggregated": "#0a7f5a", "colocated": "#c2410c", "chunked": "#1d4ed8"}
 OTHERS = ("#7c3aed", "#64748b", "#be185d", "#854d0e")
@@ -51,7 +52,7 @@ def _goodput(result: dict[str, Any], styles: dict[str, dict[str, str]]) -> Any:
     """Attainment over rate with 95 % intervals, and over the scale of the objectives at one rate."""
     figure, (over_rate, over_scale) = plt.subplots(2, 1, figsize=(7, 8), layout="constrained")
     for name, style in styles.items():
-        points = sorted((t["rate"], t["attainment"], *t["interval95"]) for t in result["trials"] if t["target"] == name and not t["void"])
+        points = _pooled(result["trials"], name)
         if points:
             rates, shares, lows, highs = zip(*points, strict=True)
             errors = [
@@ -71,6 +72,17 @@ def _goodput(result: dict[str, Any], styles: dict[str, dict[str, str]]) -> Any:
     over_scale.set(xlabel=f"objectives, times those above, at {result['sweep']['rate']:.2f} requests/s")
     over_rate.legend(fontsize=8)
     return figure
+
+
+def _pooled(trials: list[dict[str, Any]], name: str) -> list[tuple[float, float, float, float]]:
+    """(rate, attainment, low, high) of one target, ascending; trials at the same rate count together, void ones do not."""
+    counts: dict[float, list[int]] = {}
+    for one in trials:
+        if one["target"] == name and not one["void"]:
+            sums = counts.setdefault(one["rate"], [0, 0])
+            sums[0] += one["attained"]
+            sums[1] += one["requests"]
+    return [(rate, hits / asked, *wilson(hits, asked)) for rate, (hits, asked) in sorted(counts.items())]
 
 
 def _breakdown(result: dict[str, Any]) -> Any:
