@@ -73,17 +73,18 @@ class Bench:
         self._plan = plan
         self._say = say
         self._asked = 0
+        """Rounds through all shapes that have been asked."""
 
     # -------------------------------------------------------------------------------------------------------- unloaded
 
     async def measure_unloaded(self, repeats: int) -> None:
         """TTFT by prompt length and TPOT of each idle target, one request at a time, the targets in turn; medians."""
-        questions = self._questions(self._plan.least, 0)
+        questions = self.questions(self._plan.least, 0)
         ordered = sorted(range(len(questions)), key=lambda n: questions[n].input_tokens)
         picked = sorted({ordered[round(q * (len(ordered) - 1))] for q in (0.05, 0.35, 0.65, 0.95)}, key=ordered.index)
         seen: dict[str, dict[int, list[Record]]] = {target.name: {n: [] for n in picked} for target in self.targets}
         for repeat in range(-1, repeats):  # the first round warms up
-            fresh = self._questions(self._plan.least, 0)
+            fresh = self.questions(self._plan.least, 0)
             for target in self.targets:
                 for n in picked if repeat >= 0 else picked[-1:]:
                     one = Question(fresh[n].text, fresh[n].input_tokens, UNLOADED_OUTPUT)
@@ -130,7 +131,7 @@ class Bench:
     async def run(self, target: Target, rate: float, yardstick: Yardstick, turn: int) -> Trial:
         """One trial. The n-th trial of every target asks for the same lengths at the same times, with other text."""
         count = self._plan.count(rate)
-        questions = self._questions(count, turn * self._plan.most)
+        questions = self.questions(count, turn * self._plan.most)
         if self._workload.timed:
             times = [shape.at_s or 0.0 for shape in self._workload.shapes]
             due = arrivals.replay(times, count, rate, self._plan.seed + turn)
@@ -154,11 +155,12 @@ class Bench:
         await asyncio.sleep(0.5)
         return done
 
-    def _questions(self, count: int, offset: int) -> list[Question]:
+    def questions(self, count: int, offset: int) -> list[Question]:
         """Shapes offset … offset + count, with text that was not asked before."""
         shapes = len(self._workload.shapes)
-        self._asked += 1
-        return [self._writer.question((offset + n) % shapes + self._asked * shapes) for n in range(count)]
+        first = self._asked * shapes + offset
+        self._asked += (offset + count) // shapes + 1
+        return [self._writer.question(first + n) for n in range(count)]
 
     def _cpu(self) -> dict[str, dict[str, float]]:
         own = os.times()

@@ -14,12 +14,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from scripts.load.client import Record, Server, look, trial
+from scripts.load.client import Server, look, trial
 from scripts.load.curve import Curve
 from scripts.load.judge import Yardstick
 from scripts.load.targets import Target
 from scripts.load.texts import Question
-from scripts.load.trials import Bench, Plan
+from scripts.load.trials import LATE_S, Bench, Plan
 from scripts.load.workloads import Shape, Workload
 
 SERVICE_S = 0.05
@@ -116,8 +116,39 @@ async def test_no_answer_is_a_miss_and_hangs_nobody() -> None:
     assert refused[0].error is not None and refused[0].error.startswith("404")
 
 
-def test_a_late_generator_voids_its_trial() -> None:
-    from scripts.load.trials import LATE_S, Trial
+async def test_a_late_generator_voids_its_trial_and_its_search() -> None:
+    said: list[str] = []
+    async with serving(Queue()) as server:
+        one = bench(server, said.append)
+        curves = {"known": Curve(40.0, 0.1, 1000, 1.03)}
+        busy = asyncio.create_task(hog())
+        try:
+            await one.search(curves, Yardstick(((0, TTFT_S),), 1.0), time.monotonic() + 60)
+        finally:
+            busy.cancel()
+    assert one.trials and all(done.void for done in one.trials) and all("VOID" in words for words in said)
+    assert not curves["known"].asked
 
-    late = [Record(float(n), 1, 1, sent_s=n + 2 * LATE_S) for n in range(10)]
-    assert Trial("t", 1.0, late, False).late_p99_s > LATE_S
+
+async def hog() -> None:
+    """Keeps the generator's own thread from sending in time."""
+    while True:
+        time.sleep(4 * LATE_S)  # noqa: ASYNC251
+        await asyncio.sleep(0.001)
+
+
+async def test_no_text_comes_twice_and_every_target_gets_the_same_shapes() -> None:
+    """Also with more requests in a trial than the workload has."""
+    shapes = tuple(Shape(10 + n, 2) for n in range(7))
+    asked: list[int] = []
+
+    class Numbers:
+        def question(self, number: int) -> Question:
+            asked.append(number)
+            return Question(str(number), shapes[number % 7].input_tokens, 2)
+
+    plan = Plan(1, 20, 20, 0, 1)
+    one = Bench([], Workload("known", shapes, ""), Numbers(), plan, print)  # type: ignore[arg-type]
+    lengths = [[question.input_tokens for question in one.questions(20, offset)] for offset in (40, 40, 0)]
+    assert len(set(asked)) == 60
+    assert lengths[0] == lengths[1] == [10 + (40 + n) % 7 for n in range(20)]
