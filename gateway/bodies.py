@@ -65,7 +65,7 @@ def check_model(fields: dict[str, Any], served: str) -> None:
     """Raises BadRequest, or NotFound for another model than the served one."""
     name = fields.get("model")
     if name is None:
-        raise BadRequest("model is missing", param="model")
+        raise BadRequest(f"model is missing; this server serves {served!r}", param="model")
     if not isinstance(name, str):
         raise BadRequest("model must be a string", param="model")
     if name != served:

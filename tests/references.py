@@ -57,7 +57,7 @@ class Reference:
     @torch.inference_mode()
     def logits(self, ids: list[int]) -> torch.Tensor:
         """[len(ids), vocabulary] of one forward pass."""
-        return self.model(torch.tensor([ids])).logits[0]
+        return self.model(torch.tensor([ids])).logits[0]  # type: ignore[no-any-return]
 
 
 def main() -> None:

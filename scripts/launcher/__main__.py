@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -14,7 +15,7 @@ import httpx
 
 from scripts.launcher.cluster import Cluster, ClusterError, Shape, share_cores
 from scripts.launcher.model import ModelError, name_of, obtain
-from scripts.launcher.show import Progress, stream_answer, timeline_table
+from scripts.launcher.show import Progress, first_key, stream_answer, timeline_table
 
 QUESTION = "What is the capital of France?"
 
@@ -102,7 +103,8 @@ def serve(cluster: Cluster, model: str, once: str | None, max_tokens: int, say: 
     question = once if once is not None else QUESTION
     say(f"asking: {question}")
     try:
-        timeline = stream_answer(url, model, question, max_tokens)
+        key = first_key(os.environ)
+        timeline = stream_answer(url, model, question, max_tokens, key)
     except (RuntimeError, OSError, httpx.HTTPError) as error:
         print(f"no answer: {error}", file=sys.stderr)
         return 1
@@ -110,8 +112,9 @@ def serve(cluster: Cluster, model: str, once: str | None, max_tokens: int, say: 
     if once is not None:
         return 0
     say(f"serving {model} on {', '.join(cluster.urls)} — Ctrl-C stops everything")
+    credentials = " -H 'Authorization: Bearer KEY'" if key else ""
     print(
-        f"\n  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"\n  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{credentials} \\\n"
         f'    -d \'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n',
         file=sys.stderr,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,7 +25,15 @@ class Progress:
         print(f"[{time.monotonic() - self._started:5.1f} s] {words}", file=sys.stderr, flush=True)
 
 
-def stream_answer(url: str, model: str, question: str, max_tokens: int) -> dict[str, Any]:
+def first_key(environ: Mapping[str, str]) -> str | None:
+    """The first API key that the gateways are given by this environment, if any. Raises OSError for a file that cannot be read."""
+    listed, file = environ.get("BATON_API_KEYS"), environ.get("BATON_API_KEYS_FILE")
+    entries = listed.split(",") if listed else Path(file).read_text().splitlines() if file else []
+    entries = [entry for entry in map(str.strip, entries) if entry and not entry.startswith("#")]
+    return entries[0].rpartition(":")[2] if entries else None
+
+
+def stream_answer(url: str, model: str, question: str, max_tokens: int, key: str | None = None) -> dict[str, Any]:
     """Stream one chat answer to stdout; returns Baton's timeline. Raises RuntimeError with the server's words."""
     body = {
         "model": model,
@@ -35,7 +44,8 @@ def stream_answer(url: str, model: str, question: str, max_tokens: int) -> dict[
         "max_tokens": max_tokens,
     }
     timeline: dict[str, Any] = {}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=ANSWER_S) as reply:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=ANSWER_S) as reply:
         if reply.status_code != 200:
             reply.read()
             raise RuntimeError(reply.json()["error"]["message"])

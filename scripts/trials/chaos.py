@@ -23,9 +23,9 @@ from scripts.launcher.__main__ import wait_served
 from scripts.launcher.cluster import Cluster, Shape
 from scripts.launcher.model import obtain
 from scripts.launcher.show import Progress
-from tests.integration.conftest import assert_conserved
 from tests.integration.talk import Heard, body, listen
 from tests.references import references
+from tests.systems import assert_conserved
 
 CALM_S = 30.0
 """After the last fault everything running must end within this long."""

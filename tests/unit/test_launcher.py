@@ -12,7 +12,7 @@ import pytest
 from scripts.launcher.__main__ import options
 from scripts.launcher.cluster import share_cores
 from scripts.launcher.model import name_of
-from scripts.launcher.show import BAR, timeline_table
+from scripts.launcher.show import BAR, first_key, timeline_table
 
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "other")
 
@@ -83,3 +83,11 @@ def test_a_killed_parent_takes_its_child_along() -> None:
         parent.kill()
         # Both held the pipe: its end means that both are gone.
         assert parent.stdout.read() == b""
+
+
+def test_the_demo_asks_with_the_first_key_of_its_gateways(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# for the team\nalice:0123456789abcdef\nbob:fedcba9876543210\n")
+    assert first_key({"BATON_API_KEYS": "0123456789abcdef,bob:fedcba9876543210"}) == "0123456789abcdef"
+    assert first_key({"BATON_API_KEYS_FILE": str(file)}) == "0123456789abcdef"
+    assert first_key({}) is None
