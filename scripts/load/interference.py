@@ -78,6 +78,7 @@ async def measure(target: Target, writer: Writer, load: Load, first: int) -> dic
     return {
         "quiet_s": quiet,
         "loud_s": noisy,
+        "longest_s": [round(max(gaps, default=0.0), 4) for gaps in halves],
         "p99_ratio": None if ratio is None else round(ratio, 3),
         "tokens": [len(gaps) for gaps in halves],
         "long_prompts": len(long),

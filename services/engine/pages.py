@@ -14,11 +14,14 @@ from collections.abc import Iterable, Sequence
 from services.engine.plan import PoolCounts
 
 
-def chain_hashes(fingerprint: str, ids: Sequence[int], page_tokens: int) -> list[bytes]:
-    """For each full page of `ids` a 16-byte blake2b over the fingerprint and all tokens up to its end: equal hash, equal KV."""
-    chain = hashlib.blake2b(fingerprint.encode(), digest_size=16).digest()
-    hashes = []
-    for start in range(0, len(ids) - page_tokens + 1, page_tokens):
+def chain_hashes(fingerprint: str, ids: Sequence[int], page_tokens: int, known: Sequence[bytes] = ()) -> list[bytes]:
+    """For each full page of `ids` a 16-byte blake2b over the fingerprint and all tokens up to its end: equal hash, equal KV.
+
+    `known`: those of the first pages, if they have been computed before; the others are returned behind them.
+    """
+    hashes = list(known)
+    chain = hashes[-1] if hashes else hashlib.blake2b(fingerprint.encode(), digest_size=16).digest()
+    for start in range(len(hashes) * page_tokens, len(ids) - page_tokens + 1, page_tokens):
         tokens = array("q", ids[start : start + page_tokens]).tobytes()
         chain = hashlib.blake2b(chain + tokens, digest_size=16).digest()
         hashes.append(chain)

@@ -136,3 +136,7 @@ class Snapshot:
     inbound: int
     """Handoffs in line or in transit."""
     pool: PoolCounts
+    looked_up: int = 0
+    """Prompt tokens that were looked up in the pool so far (prefix reuse)."""
+    reused: int = 0
+    """Those of them that were found and not computed again."""

@@ -11,7 +11,7 @@ from operator import attrgetter
 
 from common.messages import Key, Token
 from services.engine.inbound import InboundLine
-from services.engine.pages import PagePool
+from services.engine.pages import PagePool, chain_hashes
 from services.engine.plan import Began, Chunk, Computed, Drawn, Failed, Granted, Handoff, Outcome, Plan, Preempted, Snapshot, StepOutput
 from services.engine.policies import POLICIES, Limits, PolicyName
 from services.engine.run import Roster, Run, Stage, most_here
@@ -19,15 +19,22 @@ from services.engine.sequence import Sequence
 
 
 class Scheduler:
-    """Continuous batching over one page pool. With `depth` 2 the next launch is planned before the last one is collected."""
+    """Continuous batching over one page pool. With `depth` 2 the next launch is planned before the last one is collected.
 
-    def __init__(self, pool: PagePool, policy: PolicyName, limits: Limits, *, depth: int = 1) -> None:
+    With `reuse` (the fingerprint of what is computed) full pages can be found by their tokens, and a prompt whose beginning lies in the
+    pool shares those pages instead of computing them.
+    """
+
+    def __init__(self, pool: PagePool, policy: PolicyName, limits: Limits, *, depth: int = 1, reuse: str | None = None) -> None:
         if depth < 1:
             raise ValueError(f"{depth} launches in flight")
         self._pool = pool
         self._policy = POLICIES[policy]
         self._limits = limits
         self._depth = depth
+        self._reuse = reuse
+        self._looked_up = 0
+        self._reused = 0
         self._roster = Roster(pool)
         self._inbound = InboundLine(pool)
         self._flights: deque[tuple[Plan, list[Run]]] = deque()
@@ -113,7 +120,10 @@ class Scheduler:
             sequence.planned += chunk.tokens
             if not sequence.began:
                 sequence.began = True
+                self._looked_up += run.known if self._reuse is not None else 0
                 self._outcomes.append(Began(sequence.key, tuple(sequence.pages)))
+                if sequence.reused:
+                    self._outcomes.append(Computed(sequence.key, sequence.reused, tuple(sequence.pages)))
         self._planned += 1
         plan = Plan(self._planned, tuple(chunks))
         self._flights.append((plan, runs))
@@ -132,6 +142,8 @@ class Scheduler:
             sequence.computed = chunk.start + chunk.tokens
             if chunk.start < run.known:
                 self._outcomes.append(Computed(sequence.key, sequence.computed, tuple(sequence.pages)))
+            if self._reuse is not None:
+                self._seal(sequence, chunk.start)
             if chunk.draws:
                 if draw is None:
                     raise ValueError(f"launch {plan.number} drew no token for {sequence.key}")
@@ -171,6 +183,8 @@ class Scheduler:
             parked=len(roster.parked),
             inbound=len(self._inbound),
             pool=self._pool.counts,
+            looked_up=self._looked_up,
+            reused=self._reused,
         )
 
     def find(self, key: Key) -> Sequence | None:
@@ -244,18 +258,51 @@ class Scheduler:
         places = limits.max_batch - len(roster.prefilling) - len(roster.running)
         pages = self._pool.available
         tokens = 0
-        for run in roster.waiting:
+        for run in roster.waiting.copy():
             places -= 1
             pages -= self._first_pages(run.sequence, 0)
             crowded = run.sequence.alone and len(ready) > 0
             if places < 0 or pages < 0 or tokens >= limits.budget_tokens or crowded or not roster.may_enter(run.sequence):
                 break
+            if self._reuse is not None:
+                self._recall(run)
             ready.append(run)
             tokens += min(run.lacking, limits.chunk_tokens)
             if run.sequence.alone:
                 break
         ready.sort(key=attrgetter("rank"))
         return ready
+
+    def _recall(self, run: Run) -> None:
+        """A prompt that may enter: if its beginning is in the pool, it gets its first pages now, those shared and the others new. At least
+        its last token is computed, to draw from. The caller has seen that there is room for all its first pages."""
+        sequence, size = run.sequence, self._pool.page_tokens
+        if not sequence.hashes:
+            sequence.hashes = self._hashes(sequence)
+        found = self._pool.find(sequence.hashes[: (run.known - 1) // size])
+        if not found:
+            return
+        own = self._pool.allocate(self._first_pages(sequence, 0) - len(found))
+        assert own is not None, "a prompt was let in without pages for it"
+        self._roster.give(run, (*found, *own))
+        sequence.planned = sequence.computed = sequence.reused = len(found) * size
+        self._roster.unplanned_tokens -= sequence.reused
+        self._reused += sequence.reused
+        self._roster.move(run, Stage.PREFILLING)
+
+    def _seal(self, sequence: Sequence, since: int) -> None:
+        """Pages that are full since a launch that began at token `since`: they can be found from now on."""
+        size = self._pool.page_tokens
+        full = sequence.computed // size
+        if full > since // size:
+            if len(sequence.hashes) < full:
+                sequence.hashes = self._hashes(sequence)
+            for at in range(since // size, full):
+                self._pool.seal(sequence.pages[at], sequence.hashes[at])
+
+    def _hashes(self, sequence: Sequence) -> list[bytes]:
+        assert self._reuse is not None
+        return chain_hashes(self._reuse, sequence.ids, self._pool.page_tokens, sequence.hashes)
 
     def _fork(self, run: Run) -> None:
         """The prompt is computed: its other choices share all of its pages but the last, whose tokens each computes anew to draw its own

@@ -33,7 +33,9 @@ class Sequence:
     """Tokens whose KV is computed or being computed by a launch under way."""
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
-    """Chain hashes of the full pages of the ids known at the start."""
+    """Chain hashes of its first full pages, as far as anybody asked for them."""
+    reused: int = 0
+    """Tokens whose KV was in the pool already when it began."""
     began: bool = False
     forks: tuple[Sequence, ...] = ()
     """Further choices of the request: they start on the prompt's pages as soon as all of these are computed here."""

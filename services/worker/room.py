@@ -63,16 +63,19 @@ def build(settings: WorkerSettings) -> Room:
     runner = Runner(loaded, pool)
     budgets = measure(runner, layout.page_tokens, pages, settings.chunk_s)
     limits = Limits(settings.budget_tokens or budgets.budget_tokens, budgets.chunk_tokens, settings.max_batch, settings.growth_pages)
+    identity = _identity(where, settings, layout, loaded.context_tokens, needed)
+    reuse = identity.fingerprint if settings.prefix_reuse else None
+    book = PagePool(pages, layout.page_tokens, keep_cached=settings.prefix_reuse)
     log.info("engine built", pages=pages, page_bytes=layout.page_bytes, dtype=layout.dtype, rate=round(budgets.rate), **_words(limits))
     return Room(
         layout=layout,
         shard=loaded.shard,
         pool=pool,
         runner=runner,
-        scheduler=Scheduler(PagePool(pages, layout.page_tokens), settings.policy, limits),
+        scheduler=Scheduler(book, settings.policy, limits, reuse=reuse),
         budget_tokens=limits.budget_tokens,
         longest_step_s=budgets.longest_step_s,
-        identity=_identity(where, settings, layout, loaded.context_tokens, needed),
+        identity=identity,
     )
 
 

@@ -256,6 +256,8 @@ class Worker(ABC, Generic[A]):
             "pages_held": pool.held,
             "pages_in_transit": pool.in_transit,
             "steps_total": snapshot.step,
+            "prefix_tokens_looked_up_total": snapshot.looked_up,
+            "prefix_tokens_reused_total": snapshot.reused,
             "waiting": snapshot.waiting,
             "running": snapshot.running,
             "parked": snapshot.parked,

@@ -38,9 +38,10 @@ class Rig:
         batch: int = 8,
         growth: int = 1,
         depth: int = 1,
+        reuse: str | None = None,
     ) -> None:
-        self.pool = PagePool(pages, PAGE)
-        self.scheduler = Scheduler(self.pool, policy, Limits(budget, chunk, batch, growth), depth=depth)
+        self.pool = PagePool(pages, PAGE, keep_cached=reuse is not None)
+        self.scheduler = Scheduler(self.pool, policy, Limits(budget, chunk, batch, growth), depth=depth, reuse=reuse)
         self.submit = self.scheduler.submit
 
     def step(self, **draws: int) -> list[Outcome]:
