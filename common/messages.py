@@ -157,6 +157,8 @@ class Started(Struct, frozen=True, tag=True):
 
     key: Key
     transfer_s: float = 0.0
+    reused_tokens: int = 0
+    """Prefill: tokens whose KV was in its pool already."""
 
 
 class Tokens(Struct, frozen=True, tag=True):

@@ -43,6 +43,8 @@ class Timeline:
     decode_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0
+    cached_tokens: int = 0
+    """Tokens of the prompt that prefill did not have to compute."""
     attempts: int = 1
 
     @property

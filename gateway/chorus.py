@@ -25,8 +25,9 @@ class Chorus:
     @property
     def usage(self) -> Usage:
         """Each prompt is counted once, however many answers it gets."""
-        prompts = sum(speech.usage.prompt_tokens for speech in self.speeches[:: self._n])
-        return Usage(prompts, sum(speech.usage.completion_tokens for speech in self.speeches))
+        leading = self.speeches[:: self._n]
+        prompts, cached = sum(s.usage.prompt_tokens for s in leading), sum(s.timeline.cached_tokens for s in leading)
+        return Usage(prompts, sum(speech.usage.completion_tokens for speech in self.speeches), cached)
 
     def leads(self, choice: int) -> bool:
         """Whether this is the first answer to its prompt."""

@@ -203,6 +203,11 @@ class Flight:
     def transferred(self, transfer_s: float) -> None:
         self._stage("transfer_s", transfer_s)
 
+    def reused(self, attempt: int, tokens: int) -> None:
+        """What a later attempt finds may be what an earlier one has computed: that is no gift to the client."""
+        if attempt == 0:
+            self.timeline.cached_tokens = max(self.timeline.cached_tokens, tokens)
+
     def _stage(self, name: str, seconds: float) -> None:
         before = self._stage_s.get(name, 0.0)
         if seconds > before:

@@ -40,9 +40,11 @@ def server_timing(timeline: Timeline) -> str:
     return ", ".join(f"{stage};dur={value:.3f}" for stage, value in known if value > 0)
 
 
-def usage_body(usage: Usage) -> dict[str, int]:
+def usage_body(usage: Usage) -> dict[str, Any]:
+    """With `prompt_tokens_details` only where there is something to tell."""
     total = usage.prompt_tokens + usage.completion_tokens
-    return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total}
+    details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}} if usage.cached_tokens else {}
+    return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total, **details}
 
 
 def timeline_body(timeline: Timeline) -> dict[str, Any]:

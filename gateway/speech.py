@@ -42,6 +42,8 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt's: their KV was there already."""
 
 
 class Speech:

@@ -58,10 +58,14 @@ class StepOutput:
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """A sequence is in a plan for the first time on this worker; `pages` are the ones it has now, in order."""
+    """A sequence is in a plan for the first time on this worker; `pages` are the ones it has now, in order.
+
+    `reused`: tokens whose KV was in the pool already.
+    """
 
     key: Key
     pages: tuple[int, ...]
+    reused: int = 0
 
 
 @dataclass(frozen=True, slots=True)

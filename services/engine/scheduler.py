@@ -121,7 +121,7 @@ class Scheduler:
             if not sequence.began:
                 sequence.began = True
                 self._looked_up += run.known if self._reuse is not None else 0
-                self._outcomes.append(Began(sequence.key, tuple(sequence.pages)))
+                self._outcomes.append(Began(sequence.key, tuple(sequence.pages), sequence.reused))
                 if sequence.reused:
                     self._outcomes.append(Computed(sequence.key, sequence.reused, tuple(sequence.pages)))
         self._planned += 1

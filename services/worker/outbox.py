@@ -60,10 +60,10 @@ class Outbox:
         """The execution is here from now on (beats will say so); nothing is published yet."""
         self._records[key] = Record(gateway, index)
 
-    def start(self, key: Key, transfer_s: float = 0.0) -> None:
+    def start(self, key: Key, transfer_s: float = 0.0, reused_tokens: int = 0) -> None:
         record = self._records.get(key)
         if record is not None:
-            self._say(record, Started(key, transfer_s))
+            self._say(record, Started(key, transfer_s, reused_tokens))
 
     def tokens(self, key: Key, tokens: list[Token], *, stage_s: float, queued_s: float = 0.0) -> None:
         record = self._records.get(key)

@@ -120,7 +120,7 @@ class Runs:
             return None
         run.began = True
         if run.prefilling:
-            self.outbox.start(run.key)
+            self.outbox.start(run.key, reused_tokens=outcome.reused)
         else:
             run.queued_s = now - run.phase_at
         run.phase_at = now

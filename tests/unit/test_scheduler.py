@@ -82,7 +82,7 @@ def test_a_prompt_begins_is_computed_draws_and_ends() -> None:
     rig = Rig(8)
     one = sequence("a", 6, most=3)
     rig.submit(one)
-    assert rig.step() == [Began(one.key, (0, 1)), Computed(one.key, 6, (0, 1)), Drawn(one.key, Token(0, 9), None)]
+    assert rig.step() == [Began(one.key, (0, 1), 0), Computed(one.key, 6, (0, 1)), Drawn(one.key, Token(0, 9), None)]
     assert rig.step() == [Drawn(one.key, Token(1, 9), None)]
     assert rig.step() == [Drawn(one.key, Token(2, 9), "length")]
     assert one.ids[6:] == [9, 9, 9] and one.computed == one.most_tokens == 8
