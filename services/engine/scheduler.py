@@ -11,9 +11,10 @@ from operator import attrgetter
 
 from common.messages import Key, Token
 from services.engine.inbound import InboundLine
-from services.engine.pages import PagePool, chain_hashes
+from services.engine.pages import PagePool
 from services.engine.plan import Began, Chunk, Computed, Drawn, Failed, Granted, Handoff, Outcome, Plan, Preempted, Snapshot, StepOutput
 from services.engine.policies import POLICIES, Limits, PolicyName
+from services.engine.prefixes import Prefixes
 from services.engine.run import Roster, Run, Stage, most_here
 from services.engine.sequence import Sequence
 
@@ -32,7 +33,7 @@ class Scheduler:
         self._policy = POLICIES[policy]
         self._limits = limits
         self._depth = depth
-        self._reuse = reuse
+        self._prefixes = None if reuse is None else Prefixes(pool, reuse)
         self._looked_up = 0
         self._reused = 0
         self._roster = Roster(pool)
@@ -120,7 +121,7 @@ class Scheduler:
             sequence.planned += chunk.tokens
             if not sequence.began:
                 sequence.began = True
-                self._looked_up += run.known if self._reuse is not None else 0
+                self._looked_up += run.known if self._prefixes is not None else 0
                 self._outcomes.append(Began(sequence.key, tuple(sequence.pages), sequence.reused))
                 if sequence.reused:
                     self._outcomes.append(Computed(sequence.key, sequence.reused, tuple(sequence.pages)))
@@ -142,8 +143,8 @@ class Scheduler:
             sequence.computed = chunk.start + chunk.tokens
             if chunk.start < run.known:
                 self._outcomes.append(Computed(sequence.key, sequence.computed, tuple(sequence.pages)))
-            if self._reuse is not None:
-                self._seal(sequence, chunk.start)
+            if self._prefixes is not None:
+                self._prefixes.remember(sequence, chunk.start)
             if chunk.draws:
                 if draw is None:
                     raise ValueError(f"launch {plan.number} drew no token for {sequence.key}")
@@ -264,8 +265,8 @@ class Scheduler:
             crowded = run.sequence.alone and len(ready) > 0
             if places < 0 or pages < 0 or tokens >= limits.budget_tokens or crowded or not roster.may_enter(run.sequence):
                 break
-            if self._reuse is not None:
-                self._recall(run)
+            if self._prefixes is not None:
+                self._share(run, self._prefixes.recall(run.sequence))
             ready.append(run)
             tokens += min(run.lacking, limits.chunk_tokens)
             if run.sequence.alone:
@@ -273,36 +274,19 @@ class Scheduler:
         ready.sort(key=attrgetter("rank"))
         return ready
 
-    def _recall(self, run: Run) -> None:
-        """A prompt that may enter: if its beginning is in the pool, it gets its first pages now, those shared and the others new. At least
-        its last token is computed, to draw from. The caller has seen that there is room for all its first pages."""
-        sequence, size = run.sequence, self._pool.page_tokens
-        if not sequence.hashes:
-            sequence.hashes = self._hashes(sequence)
-        found = self._pool.find(sequence.hashes[: (run.known - 1) // size])
+    def _share(self, run: Run, found: tuple[int, ...]) -> None:
+        """A prompt that may enter, and whose beginning is in the pool, gets all its first pages now: those and new ones. The caller has
+        seen that there is room."""
         if not found:
             return
+        sequence = run.sequence
         own = self._pool.allocate(self._first_pages(sequence, 0) - len(found))
         assert own is not None, "a prompt was let in without pages for it"
         self._roster.give(run, (*found, *own))
-        sequence.planned = sequence.computed = sequence.reused = len(found) * size
+        sequence.planned = sequence.computed = sequence.reused = len(found) * self._pool.page_tokens
         self._roster.unplanned_tokens -= sequence.reused
         self._reused += sequence.reused
         self._roster.move(run, Stage.PREFILLING)
-
-    def _seal(self, sequence: Sequence, since: int) -> None:
-        """Pages that are full since a launch that began at token `since`: they can be found from now on."""
-        size = self._pool.page_tokens
-        full = sequence.computed // size
-        if full > since // size:
-            if len(sequence.hashes) < full:
-                sequence.hashes = self._hashes(sequence)
-            for at in range(since // size, full):
-                self._pool.seal(sequence.pages[at], sequence.hashes[at])
-
-    def _hashes(self, sequence: Sequence) -> list[bytes]:
-        assert self._reuse is not None
-        return chain_hashes(self._reuse, sequence.ids, self._pool.page_tokens, sequence.hashes)
 
     def _fork(self, run: Run) -> None:
         """The prompt is computed: its other choices share all of its pages but the last, whose tokens each computes anew to draw its own
