@@ -203,9 +203,9 @@ class Flight:
     def transferred(self, transfer_s: float) -> None:
         self._stage("transfer_s", transfer_s)
 
-    def reused(self, attempt: int, tokens: int) -> None:
+    def reused(self, tokens: int) -> None:
         """What a later attempt finds may be what an earlier one has computed: that is no gift to the client."""
-        if attempt == 0:
+        if self.timeline.attempts == 1:
             self.timeline.cached_tokens = max(self.timeline.cached_tokens, tokens)
 
     def _stage(self, name: str, seconds: float) -> None:

@@ -130,7 +130,7 @@ class Ledger:
         match event:
             case Started():
                 flight.transferred(event.transfer_s)
-                flight.reused(event.key.attempt, event.reused_tokens)
+                flight.reused(event.reused_tokens)
                 return []
             case Tokens():
                 flight.spent(self._roles.get(sender), event, now)
