@@ -43,9 +43,9 @@ class Timeline:
     decode_s: float = 0.0
     ttft_s: float = 0.0
     total_s: float = 0.0
+    attempts: int = 1
     cached_tokens: int = 0
     """Tokens of the prompt that prefill did not have to compute."""
-    attempts: int = 1
 
     @property
     def other_s(self) -> float:
