@@ -64,9 +64,7 @@ def read_keys(listed: str, file: str | None) -> Keys | None:
 
     A setting that is given and holds no key is a mistake, not a gateway for everybody.
     """
-    pairs = _pairs(listed.split(","), "api_keys", "entry") if listed else []
-    if file is not None:
-        pairs += _pairs(_lines(file), "api_keys_file", "line")
+    pairs = given_keys(listed, file)
     if not listed and file is None:
         return None
     if len(pairs) > MOST_KEYS:
@@ -76,6 +74,12 @@ def read_keys(listed: str, file: str | None) -> Keys | None:
         if owners.setdefault(key, name) != name:
             raise SettingError(f"api_keys: {owners[key]} and {name} have the same key")
     return Keys(pairs)
+
+
+def given_keys(listed: str, file: str | None) -> list[tuple[str, str]]:
+    """(name, key) of each, the listed ones first. Raises SettingError, which never holds a key."""
+    pairs = _pairs(listed.split(","), "api_keys", "entry") if listed else []
+    return pairs + (_pairs(_lines(file), "api_keys_file", "line") if file is not None else [])
 
 
 def _lines(file: str) -> list[str]:

@@ -6,10 +6,11 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import httpx
+
+from gateway.keys import given_keys
 
 BAR = 40
 ANSWER_S = 120.0
@@ -26,11 +27,9 @@ class Progress:
 
 
 def first_key(environ: Mapping[str, str]) -> str | None:
-    """The first API key that the gateways are given by this environment, if any. Raises OSError for a file that cannot be read."""
-    listed, file = environ.get("BATON_API_KEYS"), environ.get("BATON_API_KEYS_FILE")
-    entries = listed.split(",") if listed else Path(file).read_text().splitlines() if file else []
-    entries = [entry for entry in map(str.strip, entries) if entry and not entry.startswith("#")]
-    return entries[0].rpartition(":")[2] if entries else None
+    """The first API key that the gateways are given by this environment, if any. Raises SettingError."""
+    keys = given_keys(environ.get("BATON_API_KEYS", ""), environ.get("BATON_API_KEYS_FILE") or None)
+    return keys[0][1] if keys else None
 
 
 def stream_answer(url: str, model: str, question: str, max_tokens: int, key: str | None = None) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Linear layers whose weights are laid out once for this CPU's matrix instructions (oneDNN's own layout).
 
-`torch.nn.functional.linear` takes weights as they lie, and in bf16 lays them out anew in every call. The packed ones are read as they
-are needed: what a decode step does is little else than reading them.
+`torch.nn.functional.linear` takes weights as they lie. What is gained by the packed layout is in docs/notes.md.
 """
 
 from __future__ import annotations

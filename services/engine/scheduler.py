@@ -121,7 +121,6 @@ class Scheduler:
             sequence.planned += chunk.tokens
             if not sequence.began:
                 sequence.began = True
-                self._looked_up += run.known if self._prefixes is not None else 0
                 self._outcomes.append(Began(sequence.key, tuple(sequence.pages), sequence.reused))
                 if sequence.reused:
                     self._outcomes.append(Computed(sequence.key, sequence.reused, tuple(sequence.pages)))
@@ -279,6 +278,7 @@ class Scheduler:
         seen that there is room."""
         if not found:
             return
+        self._looked_up += run.known
         sequence = run.sequence
         own = self._pool.allocate(self._first_pages(sequence, 0) - len(found))
         assert own is not None, "a prompt was let in without pages for it"
@@ -318,6 +318,7 @@ class Scheduler:
         if run.stage is Stage.WAITING:
             pages = self._pool.allocate(self._first_pages(run.sequence, 0))
             assert pages is not None, "a prompt was ready without pages for it"
+            self._looked_up += run.known if self._prefixes is not None else 0
             self._roster.give(run, pages)
             self._roster.move(run, Stage.PREFILLING)
         self._roster.unplanned_tokens -= tokens

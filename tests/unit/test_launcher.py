@@ -87,7 +87,7 @@ def test_a_killed_parent_takes_its_child_along() -> None:
 
 def test_the_demo_asks_with_the_first_key_of_its_gateways(tmp_path: Path) -> None:
     file = tmp_path / "keys"
-    file.write_text("# for the team\nalice:0123456789abcdef\nbob:fedcba9876543210\n")
+    file.write_text("# for the team\nalice:0123456789abcdef  # the first\nbob:fedcba9876543210\n")
     assert first_key({"BATON_API_KEYS": "0123456789abcdef,bob:fedcba9876543210"}) == "0123456789abcdef"
     assert first_key({"BATON_API_KEYS_FILE": str(file)}) == "0123456789abcdef"
     assert first_key({}) is None

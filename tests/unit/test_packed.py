@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from services.engine.model import load
 from services.engine.packed import PackedLinear, pack, packable
 
 CPU = torch.device("cpu")
@@ -36,3 +39,12 @@ def test_every_linear_layer_inside_is_replaced_and_embeddings_are_not() -> None:
     module = nn.ModuleDict({"e": nn.Embedding(8, 16), "a": nn.Linear(16, 16), "b": nn.Sequential(nn.Linear(16, 4))}).to(torch.bfloat16)
     assert pack(module) == 2
     assert [type(part).__name__ for part in (module["e"], module["a"], module["b"][0])] == ["Embedding", "PackedLinear", "PackedLinear"]
+
+
+@able
+def test_a_bf16_model_is_packed_when_it_is_loaded(smollm2: Path) -> None:
+    def packed(dtype: str) -> int:
+        return sum(isinstance(part, PackedLinear) for part in load(smollm2, "cpu", dtype, 16).module.modules())
+
+    assert packed("bfloat16") == 30 * 7 + 1, "of each layer q, k, v, o, gate, up, down; and the head"
+    assert packed("float32") == 0

@@ -15,8 +15,8 @@ from common.errors import BadRequest, Unavailable
 from common.messages import FinishReason, Logprob, Sampling, Token
 from gateway.ask import Ask, Timeline, Update
 from gateway.prompts import Model
-from gateway.replies import Form, error_body, timeline_body
-from gateway.speech import Broken, Piece, Speech
+from gateway.replies import Form, error_body, timeline_body, usage_body
+from gateway.speech import Broken, Piece, Speech, Usage
 
 EOS = 2
 
@@ -184,3 +184,8 @@ def test_a_timeline_never_shows_a_stage_below_zero_and_still_adds_up() -> None:
     settled = timeline.settled()
     assert timeline.other_s < 0
     assert settled.other_s == pytest.approx(0.0) and settled.prefill_queue_s == pytest.approx(0.007)
+
+
+def test_usage_tells_of_cached_tokens_only_where_there_are_any() -> None:
+    assert usage_body(Usage(5, 2)) == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    assert usage_body(Usage(40, 2, 32))["prompt_tokens_details"] == {"cached_tokens": 32}

@@ -222,3 +222,18 @@ def test_an_abandoned_grant_that_does_not_land_costs_its_link() -> None:
     core.letter("p", PeerBeat(1, 0, "f", "f", None, []), 0.2)  # type: ignore[arg-type]
     actions = [action for second in range(1, 20) for action in core.tick(float(second))]
     assert actions.count(inbound.ClosePeer("p")) == 1
+
+
+def test_what_a_later_attempt_finds_in_a_pool_is_not_told_as_cached() -> None:
+    found = Ledger("g", "tcp://g")
+    for name in ("p", "q"):
+        found.join(name, "prefill")
+    found.open("r", ASK, 0.0)
+    found.put("r", 0, 1, Entry("interactive", "1-0"))
+    found.event("p", Started(Key("r", 0, 1, "e"), reused_tokens=2), 0.1)
+    timeline = next(iter(found._flights.values())).timeline
+    assert timeline.cached_tokens == 2
+    found.dead("p", 1.0)
+    found.put("r", 0, 2, Entry("interactive", "2-0"))
+    found.event("q", Started(Key("r", 0, 2, "f"), reused_tokens=5), 1.1)
+    assert timeline.cached_tokens == 2
