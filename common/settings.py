@@ -24,6 +24,7 @@ MOST_CORES = 65536
 Device = Literal["cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 PolicyName = Literal["prefill_first", "chunked"]
+Kernels = Literal["auto", "native", "torch"]
 Anonymous = Literal["loopback", "anyone"]
 
 
@@ -61,6 +62,7 @@ class WorkerSettings(CommonSettings):
     memory_fraction: float = setting(0.25, "share of free memory for the pool, unless pages is given", low=0.01, high=0.95)
     page_tokens: int = setting(16, "tokens of KV in a page", low=1, high=1024)
     max_request_tokens: int | None = setting(None, "largest request, prompt and answer; default: the model's context", low=2)
+    kernels: Kernels = setting("auto", "native: our own for CPU cores, torch: transformers with torch; auto: the faster that runs")
     prefix_reuse: bool = setting(False, "keep pages after their last user and share them with prompts that begin alike")
     checksums: bool = setting(True, "verify every page that is handed over")
     policy: PolicyName = setting("prefill_first", "how a step is composed when both phases share an engine")

@@ -30,12 +30,11 @@ class Budgets:
     rate: float
 
 
-def measure(runner: Runner, page_tokens: int, pages: int, chunk_s: float) -> Budgets:
-    """Time prompts of growing length on an idle engine. Uses the pool's first pages, before anybody else does."""
+def measure(runner: Runner, page_tokens: int, most_tokens: int, chunk_s: float) -> Budgets:
+    """Time prompts of growing length, `most_tokens` at most, on an idle engine. Uses the pool's first pages, before anybody else does."""
     rates: dict[int, float] = {}
     started = time.perf_counter()
-    most = min(pages * page_tokens, runner.loaded.context_tokens)
-    for length in [length for length in LENGTHS if length <= most] or [most]:
+    for length in [length for length in LENGTHS if length <= most_tokens] or [most_tokens]:
         if rates:
             spent = time.perf_counter() - started
             if spent > BUDGET_S or spent + 2 * length / max(rates.values()) > 2 * BUDGET_S:

@@ -14,7 +14,6 @@ from transformers.utils import logging as hf_logging
 from common.errors import StartError
 from common.messages import Layout, Shard
 from services.engine.attention import attend
-from services.engine.packed import pack, packable
 
 ATTENTION = "baton_paged"
 SUPPORTED = ("llama", "mistral", "opt", "qwen2", "qwen3")
@@ -59,8 +58,6 @@ def load(path: str | Path, device: str, dtype: str, page_tokens: int) -> LoadedM
     missing = sorted(report["missing_keys"])
     if missing:
         raise StartError(f"the weights in {path} lack {len(missing)} of the model's tensors, first {missing[0]}")
-    if packable(torch.device(device), kind):
-        pack(module)
     return adopt(module, device, page_tokens)
 
 

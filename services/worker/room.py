@@ -14,6 +14,7 @@ from common.logs import get_logger
 from common.messages import Identity, Layout, Shard
 from common.settings import WorkerSettings, cores
 from services.engine.calibrate import measure
+from services.engine.forward import choose
 from services.engine.model import load
 from services.engine.pages import PagePool
 from services.engine.policies import Limits
@@ -60,8 +61,8 @@ def build(settings: WorkerSettings) -> Room:
     if pages < needed:
         raise StartError(f"{pages} pages, but a request of {most_tokens} tokens needs {needed}: raise pages or lower max_request_tokens")
     pool = Pool(layout, pages, loaded.device)
-    runner = Runner(loaded, pool)
-    budgets = measure(runner, layout.page_tokens, pages, settings.chunk_s)
+    runner = Runner(choose(loaded, pool, settings.kernels), layout.page_tokens)
+    budgets = measure(runner, layout.page_tokens, min(pages * layout.page_tokens, loaded.context_tokens), settings.chunk_s)
     limits = Limits(settings.budget_tokens or budgets.budget_tokens, budgets.chunk_tokens, settings.max_batch, settings.growth_pages)
     identity = _identity(where, settings, layout, loaded.context_tokens, needed)
     reuse = identity.fingerprint if settings.prefix_reuse else None

@@ -20,6 +20,7 @@ from services.engine.plan import Chunk, Plan
 from services.engine.pool import Pool
 from services.engine.runner import Runner
 from services.engine.sequence import Sequence
+from services.engine.torch_forward import TorchForward
 
 LONGEST = 400
 """A token's id says whose it is and where it stands: sequence * LONGEST + position."""
@@ -59,13 +60,14 @@ class Bench:
     """A runner over `OnlyAttention`, and sequences with pages in random order out of a pool full of what is no number."""
 
     model: OnlyAttention
-    runner: Runner
+    pool: Pool
+    forward: TorchForward
     sequences: list[Sequence]
 
     def check(self, chunks: list[tuple[int, int, int]], tolerance: float) -> None:
         """Launch chunks of (sequence, start, tokens) and compare every row."""
-        plan = Plan(0, tuple(Chunk(self.sequences[i], start, tokens, draws=False, index=0) for i, start, tokens in chunks))
-        self.runner.launch(plan)
+        parts = tuple(Chunk(self.sequences[i], start, tokens, draws=False, index=0) for i, start, tokens in chunks)
+        Runner(self.forward, self.pool.layout.page_tokens).launch(Plan(0, parts))
         ids, positions, out = self.model.seen[-1]
         wanted = [i * LONGEST + place for i, start, tokens in chunks for place in range(start, start + tokens)]
         assert sorted(ids) == sorted(wanted)
@@ -103,7 +105,7 @@ def bench(
         sequence = Sequence(Key(str(i), 0, 0, "e"), [i * LONGEST + place for place in range(length)], length, Sampling(temperature=0), 1)
         sequence.pages = [order.pop() for _ in range(needed[i])]
         sequences.append(sequence)
-    return Bench(model, Runner(loaded, pool), sequences)
+    return Bench(model, pool, TorchForward(loaded, pool), sequences)
 
 
 @given(
@@ -145,7 +147,7 @@ def test_padding_at_most_doubles_what_decode_reads() -> None:
     chunks = [
         Chunk(made.sequences[i], length - 1, 1, draws=False, index=0) for i, length in sorted(enumerate(lengths), key=lambda x: -x[1])
     ]
-    batches = made.runner._inputs(chunks)[2].batches
+    batches = made.forward.step(Runner(made.forward, 4).arrays(chunks)).batches
     read = sum(batch.count * batch.runs.shape[-1] for batch in batches)
     assert sum(batch.count for batch in batches) == len(lengths)
     assert read <= 2 * sum(-(-length // 4) for length in lengths) + 8 * len(lengths)
@@ -185,7 +187,7 @@ def test_decode_ignores_what_is_masked() -> None:
 def test_neighbours_pages_are_left_alone() -> None:
     """Writing one sequence changes its own pages only: all others still hold what they held."""
     made = bench([37, 21])
-    pool = made.runner._pool
+    pool = made.pool
     pool.tensor.fill_(7.0)
     made.check([(0, 0, 37)], 2e-5)
     others = sorted(set(range(pool.pages)) - set(made.sequences[0].pages))

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
@@ -23,13 +22,13 @@ from transformers import (
 )
 
 from common.errors import StartError
-from common.messages import Key, Layout, Sampling
+from common.messages import Layout
 from services.engine import weights
+from services.engine.forward import choose
 from services.engine.model import load
-from services.engine.plan import Chunk, Plan
 from services.engine.pool import Pool, _group_free_bytes, fit_pages
 from services.engine.runner import Runner
-from services.engine.sequence import Sequence
+from tests.unit.tiny_models import PLANS, pairs, saved
 
 COMMON: dict[str, Any] = {
     "vocab_size": 211,
@@ -62,47 +61,17 @@ SUPPORTED: list[PreTrainedConfig] = [
 ]
 
 
-def saved(config: PreTrainedConfig, folder: Path) -> Any:
-    """A random model of this configuration, written to `folder`; weights large enough that attention matters."""
-    torch.manual_seed(4)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    for name, tensor in model.named_parameters():
-        if tensor.dim() == 2:
-            tensor.data.normal_(std=0.25)
-        elif "bias" in name:
-            tensor.data.normal_(std=0.5)
-    model.save_pretrained(folder)
-    return model
-
-
 @pytest.mark.parametrize("config", SUPPORTED, ids=lambda c: c.model_type)
 def test_logits_are_those_of_eager(config: PreTrainedConfig, tmp_path: Path) -> None:
-    """Three prompts packed, in chunks, then a step of one token each beside a prompt's chunk: log-probabilities of every drawn row."""
     eager = saved(config, tmp_path)
     loaded = load(tmp_path, "cpu", "float32", 4)
-    runner = Runner(loaded, Pool(loaded.layout, 100, "cpu"))
+    runner = Runner(choose(loaded, Pool(loaded.layout, 100, "cpu"), "torch"), 4)
     kv_heads = getattr(config, "num_key_value_heads", None) or 6
     assert (loaded.layout.layers, loaded.layout.kv_heads) == (3, kv_heads)
     assert loaded.layout.head_dim == (getattr(config, "head_dim", None) or 8)
     assert (loaded.context_tokens, loaded.vocabulary) == (300, 211)
-    ids = torch.randint(3, 211, (3, 90), generator=torch.Generator().manual_seed(1)).tolist()
-    every = Sampling(temperature=0, logprobs=211)
-    sequences = [Sequence(Key(str(i), 0, 0, "e"), ids[i], 90, every, 1) for i in range(3)]
-    for i, sequence in enumerate(sequences):
-        sequence.pages = list(range(i, 100, 3))[:23][::-1]
-    plans = [[(0, 0, 41), (1, 0, 7)], [(1, 7, 60), (2, 0, 1)], [(0, 41, 1), (2, 1, 80), (1, 67, 1)], [(2, 81, 1), (1, 68, 1), (0, 42, 48)]]
-    for number, parts in enumerate(plans):
-        chunks = tuple(Chunk(sequences[i], start, tokens, draws=True, index=0) for i, start, tokens in parts)
-        output = runner.collect(runner.launch(Plan(number, chunks)))
-        for (i, start, tokens), drawn in zip(parts, output.draws, strict=True):
-            with torch.inference_mode():
-                wanted = torch.log_softmax(eager(torch.tensor([ids[i][: start + tokens]])).logits[0, -1], -1)
-            assert drawn is not None and drawn.logprob is not None
-            found = torch.empty(211)
-            for token, value in drawn.logprob.top:
-                found[token] = value
-            assert wanted.std() > 0.05
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for found, wanted in pairs(runner, eager, PLANS, page_tokens=4, pages=100):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 REFUSED: list[tuple[PreTrainedConfig, str]] = [

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from services.engine.forward import choose
 from services.engine.model import load
 from services.engine.packed import PackedLinear, pack, packable
+from services.engine.pool import Pool
 
 CPU = torch.device("cpu")
 able = pytest.mark.skipif(not packable(CPU, torch.bfloat16), reason="this CPU or this torch packs no bf16 weights")
@@ -42,9 +44,11 @@ def test_every_linear_layer_inside_is_replaced_and_embeddings_are_not() -> None:
 
 
 @able
-def test_a_bf16_model_is_packed_when_it_is_loaded(smollm2: Path) -> None:
+def test_a_bf16_model_is_packed_where_torch_computes_it(smollm2: Path) -> None:
     def packed(dtype: str) -> int:
-        return sum(isinstance(part, PackedLinear) for part in load(smollm2, "cpu", dtype, 16).module.modules())
+        loaded = load(smollm2, "cpu", dtype, 16)
+        choose(loaded, Pool(loaded.layout, 1, "cpu"), "torch")
+        return sum(isinstance(part, PackedLinear) for part in loaded.module.modules())
 
     assert packed("bfloat16") == 30 * 7 + 1, "of each layer q, k, v, o, gate, up, down; and the head"
     assert packed("float32") == 0

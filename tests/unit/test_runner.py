@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from common.messages import Key, Sampling
+from common.settings import Kernels
 from services.engine.calibrate import measure
+from services.engine.forward import choose
 from services.engine.model import LoadedModel, load
 from services.engine.plan import Chunk, Plan
 from services.engine.pool import Pool
@@ -31,10 +33,10 @@ def pool(loaded: LoadedModel) -> Pool:
     return Pool(loaded.layout, PAGES, "cpu")
 
 
-@pytest.fixture
-def runner(loaded: LoadedModel, pool: Pool) -> Runner:
+@pytest.fixture(params=["torch", "native"])
+def runner(loaded: LoadedModel, pool: Pool, request: pytest.FixtureRequest) -> Runner:
     pool.tensor.fill_(float("nan"))
-    return Runner(loaded, pool)
+    return Runner(choose(loaded, pool, request.param), 16)
 
 
 def sequence(name: int, ids: list[int], first_page: int, tokens: int, sampling: Sampling = GREEDY) -> Sequence:
@@ -160,12 +162,13 @@ def test_launches_without_draws_and_without_anything(runner: Runner) -> None:
     assert runner.collect(runner.launch(Plan(1, ()))).draws == ()
 
 
-def test_bf16_draws_what_float32_holds_for_nearly_best(smollm2: Path) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_bf16_draws_what_float32_holds_for_nearly_best(kernels: Kernels, smollm2: Path) -> None:
     """Every greedy token's logit in float32, given the same tokens before it, lies within EPSILON of the largest."""
     epsilon = 0.5
     loaded = load(smollm2, "cpu", "auto", 16)
     assert loaded.dtype is torch.bfloat16
-    runner = Runner(loaded, Pool(loaded.layout, PAGES, "cpu"))
+    runner = Runner(choose(loaded, Pool(loaded.layout, PAGES, "cpu"), kernels), 16)
     prompts = [ids for ids, _ in some(3, 200)]
     plain = Reference(smollm2)
     for ids, output in zip(prompts, drive(runner, spread(prompts, 32), 64, 32), strict=True):
@@ -182,7 +185,7 @@ def test_it_knows_paris(runner: Runner, smollm2: Path) -> None:
 
 
 def test_budgets_are_measured_within_limits_and_leave_the_pool_usable(runner: Runner) -> None:
-    budgets = measure(runner, 16, PAGES, 0.1)
+    budgets = measure(runner, 16, PAGES * 16, 0.1)
     assert 16 <= budgets.budget_tokens <= PAGES * 16
     assert budgets.chunk_tokens % 16 == 0 and 16 <= budgets.chunk_tokens <= 0.1 * budgets.rate + 16
     assert budgets.longest_step_s >= 15 and budgets.rate > 0

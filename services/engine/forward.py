@@ -1,0 +1,45 @@
+"""Which code computes a launch: our own kernels where they can, transformers with this engine's attention everywhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from torch import Tensor
+
+from common.errors import StartError
+from common.logs import get_logger
+from common.settings import Kernels
+from services.engine.launch import Launch
+from services.engine.model import LoadedModel
+from services.engine.native import build
+from services.engine.native.forward import NativeForward, refusal
+from services.engine.packed import pack, packable
+from services.engine.pool import Pool
+from services.engine.torch_forward import TorchForward
+
+log = get_logger(__name__)
+
+Forward: TypeAlias = Callable[[Launch], Tensor]
+"""Writes the launch's KV into the pool; gives logits of its `keep` rows, `[draws, vocabulary]`."""
+
+
+def choose(loaded: LoadedModel, pool: Pool, kernels: Kernels) -> Forward:
+    """The fastest there is; `native` and `torch` insist on theirs. Says in the log what it is and why. Raises StartError if the native
+    kernels are insisted on and cannot run."""
+    why = refusal(loaded, pool.layout.page_tokens) if kernels != "torch" else "the setting says so"
+    if why is None:
+        try:
+            kind = build.target()
+            native = NativeForward(loaded, pool, build.library(kind))
+        except build.Unavailable as error:
+            why = str(error)
+        else:
+            log.info("kernels: native", instructions=kind)
+            return native
+    if kernels == "native":
+        raise StartError(f"kernels is native, but {why}")
+    log.info("kernels: torch", because=why)
+    if packable(loaded.device, loaded.dtype):
+        pack(loaded.module)
+    return TorchForward(loaded, pool)

@@ -1,0 +1,1 @@
+"""Kernels of our own for CPU cores, compiled on first use."""

@@ -1,0 +1,80 @@
+// Bfloat16 on CPUs with AMX: sixteen rows of 32 elements times 32 elements of sixteen columns in one instruction.
+//
+// A panel of packed weights, keys turned over and values in pairs already have the layout that its right-hand tiles want: sixteen lanes
+// (pairs of elements) below each other. Of rows that do not fill a tile the results are not used; the memory behind them must be readable.
+#pragma once
+
+#include "simd.h"
+
+#ifdef __AMX_BF16__
+namespace baton {
+
+struct Amx : Bf16 {
+    static constexpr int rows = 32, unit = 16;
+    struct Session {  // tiles of 16 x 64 bytes, for this thread
+        Session() {
+            struct alignas(64) {
+                uint8_t palette = 1, start = 0, reserved[14] = {};
+                uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+                uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+            } config;
+            _tile_loadconfig(&config);
+        }
+        ~Session() { _tile_release(); }
+        Session(const Session&) = delete;
+    };
+};
+
+// Sums of up to 32 rows (`depth` lanes each, a multiple of 16) with 32 columns; strides in lanes. Tiles: 0-3 sums, 4-5 rows, 6-7 columns.
+// What has been written must lie in memory when tiles are read from it: GCC's tile loads do not tell the compiler that they read.
+INLINE void written() { __asm__ volatile("" ::: "memory"); }
+
+// STREAM: columns come from memory, one panel of 32 after the other, and are fetched ahead.
+template <bool BOTH, bool STREAM = false>
+INLINE void amx_product(const uint32_t* a, long a_row, const uint32_t* left, const uint32_t* right, long b_lane, long depth) {
+    written();
+    for (long k = 0; k < depth; k += W) {
+        if (STREAM) for (long line = 0; line < 2 * W; ++line) __builtin_prefetch(left + (k + 2 * W) * b_lane + line * W);
+        _tile_loadd(6, left + k * b_lane, b_lane * 4);
+        _tile_loadd(4, a + k, a_row * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, right + k * b_lane, b_lane * 4);
+        _tile_dpbf16ps(1, 4, 7);
+        if (BOTH) {
+            _tile_loadd(5, a + W * a_row + k, a_row * 4);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+}
+template <bool BOTH>
+INLINE void amx_clear() {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (BOTH) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+}
+template <bool BOTH>
+INLINE void amx_load(const float* from, long row) {
+    written();
+    _tile_loadd(0, from, row * 4);
+    _tile_loadd(1, from + W, row * 4);
+    if (BOTH) {
+        _tile_loadd(2, from + W * row, row * 4);
+        _tile_loadd(3, from + W * row + W, row * 4);
+    }
+}
+template <bool BOTH>
+INLINE void amx_store(float* to, long row) {
+    _tile_stored(0, to, row * 4);
+    _tile_stored(1, to + W, row * 4);
+    if (BOTH) {
+        _tile_stored(2, to + W * row, row * 4);
+        _tile_stored(3, to + W * row + W, row * 4);
+    }
+}
+
+}  // namespace baton
+#endif

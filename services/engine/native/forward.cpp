@@ -1,0 +1,218 @@
+// A decoder-only transformer of the Llama family over paged KV: one call computes one launch, all layers, on CPU cores.
+//
+// Residuals, norms, rotary embedding and softmax in float32; matrix products in the weights' own type with float32 sums.
+// Called by services/engine/native/forward.py, which has the same structs.
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#include "attention.h"
+
+namespace baton {
+
+struct Layer {
+    const float *input_norm, *q_norm, *k_norm, *output_norm;  // q_norm and k_norm: of each head, or null
+    const float* bias;                                        // of query, key and value, or null
+    const uint32_t *qkv, *o, *gate_up, *down;                 // packed, see `baton_pack`
+};
+
+struct Model {
+    int64_t layers, hidden, heads, kv_heads, head_dim, inner, vocabulary, bf16;
+    float epsilon, scale;
+    const Layer* layer;
+    const float* final_norm;
+    const void* embedding;  // [vocabulary, hidden]
+    const uint32_t* head;
+    const float *cos, *sin;  // [positions, head_dim / 2]
+};
+
+struct Launch {
+    int64_t tokens, chunks, draws, threads;
+    const int64_t *ids, *positions;  // [tokens]
+    const Chunk* chunk;
+    const int64_t* table;  // page ids
+    const int64_t* keep;   // [draws]: rows whose logits are wanted
+    float* logits;         // [draws, vocabulary padded to 32]
+    char* pool;
+    int64_t page_tokens;
+};
+
+struct Workspace {  // grows to the largest launch, then stays
+    std::vector<char> memory[7];
+
+    template <class T>
+    T* take(int which, long count) {
+        auto& m = memory[which];
+        if (m.size() < count * sizeof(T) + 64) m.resize(count * sizeof(T) * 5 / 4 + 64);
+        return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(m.data()) + 63) / 64 * 64);
+    }
+};
+
+template <class E>
+void norm(const float* x, const float* weight, long n, float epsilon, typename E::T* out) {
+    F squares = {};
+    for (long i = 0; i < n; i += W) {
+        F v = load<F>(x + i);
+        squares += v * v;
+    }
+    const F by = splat(1 / std::sqrt(sum(squares) / n + epsilon));
+    for (long i = 0; i < n; i += W) E::narrow(out + i, load<F>(x + i) * by * load<F>(weight + i));
+}
+
+// Rotary embedding of one head `[head_dim]` in halves, with its norm before and `scale` behind it.
+template <class E>
+void rotate(float* x, const float* weight, float epsilon, const float* cos, const float* sin, float scale, long dim, typename E::T* out) {
+    if (weight) norm<Float>(x, weight, dim, epsilon, x);
+    for (long i = 0; i < dim / 2; i += W) {
+        const F a = load<F>(x + i), b = load<F>(x + dim / 2 + i), c = load<F>(cos + i) * splat(scale), s = load<F>(sin + i) * splat(scale);
+        E::narrow(out + i, a * c - b * s);
+        E::narrow(out + dim / 2 + i, b * c + a * s);
+    }
+}
+
+INLINE F silu(F x) { return x / (splat(1.f) + exp2(x * splat(-1.44269504f))); }
+
+template <class E>
+void attend(const Model& m, const Launch& l, const Pages& pages, const typename E::T* q, typename E::T* out, Workspace& space) {
+    const long dim = m.head_dim, group = m.heads / m.kv_heads, width = m.heads * dim, lanes = dim / E::step;
+    std::vector<const Chunk*> singles;
+    for (long i = 0; i < l.chunks; ++i) {
+        const Chunk& c = l.chunk[i];
+        const int64_t* table = l.table + c.pages;
+        const long tokens = c.start + c.tokens;
+        if (c.tokens == 1) {
+            singles.push_back(&c);
+            continue;
+        }
+        const long room = padded(tokens), count = QUERY_ROWS / group > 0 ? QUERY_ROWS / group : 1;
+        auto* keys = space.take<uint32_t>(5, m.kv_heads * room * lanes);
+        auto* values = space.take<uint32_t>(6, m.kv_heads * room * lanes);
+        const long blocks = (c.tokens + count - 1) / count;
+#pragma omp parallel num_threads(l.threads) if (l.threads > 1)
+        {
+            typename E::Session session;
+            Block block(dim);
+#pragma omp for
+            for (long t = 0; t < m.kv_heads * (room / W); ++t) {
+                const long head = t / (room / W);
+                gather<E>(pages, table, tokens, head, t % (room / W), keys + head * room * lanes, values + head * room * lanes);
+            }
+#pragma omp for schedule(dynamic)
+            for (long t = 0; t < m.kv_heads * blocks; ++t) {
+                const long head = t % m.kv_heads, first = (blocks - 1 - t / m.kv_heads) * count;  // the longest first
+                const long at = c.first * width + head * group * dim;
+                prefill<E>(keys + head * room * lanes, values + head * room * lanes, c.start, first, std::min(count, c.tokens - first), group,
+                           dim, q + at, out + at, width, block);
+            }
+        }
+    }
+    if (singles.empty()) return;
+    long longest = 0;
+    for (const Chunk* c : singles) longest = std::max(longest, long(c->start) + 1);
+    const long size = decode_scratch(longest, dim);
+    auto* scratch = space.take<float>(5, size * l.threads);
+#pragma omp parallel num_threads(l.threads) if (l.threads > 1)
+    {
+        typename E::Session session;
+#ifdef _OPENMP
+        float* mine = scratch + size * omp_get_thread_num();
+#else
+        float* mine = scratch;
+#endif
+#pragma omp for schedule(dynamic)
+        for (long t = 0; t < long(singles.size()) * m.kv_heads; ++t) {
+            const Chunk& c = *singles[t / m.kv_heads];
+            const long head = t % m.kv_heads, at = c.first * width + head * group * dim;
+            decode<E>(pages, l.table + c.pages, c.start + 1, head, group, q + at, out + at, mine);
+        }
+    }
+}
+
+template <class E>
+void forward(const Model& m, const Launch& l, Workspace& space) {
+    using T = typename E::T;
+    const long T_ = l.tokens, hidden = m.hidden, dim = m.head_dim, q_width = m.heads * dim, kv_width = m.kv_heads * dim;
+    const long width = q_width + 2 * kv_width, room = (width + COLUMNS - 1) / COLUMNS * COLUMNS;
+    const int threads = l.threads;
+    float* x = space.take<float>(0, T_ * hidden);
+    T* normed = space.take<T>(1, (T_ + E::unit) * std::max(hidden, q_width));
+    float* qkv = space.take<float>(2, T_ * room);
+    T* q = space.take<T>(3, T_ * q_width);
+    T* inner = space.take<T>(4, (T_ + E::unit) * m.inner);
+    std::vector<long> owner(T_);
+    for (long i = 0; i < l.chunks; ++i)
+        for (long t = 0; t < l.chunk[i].tokens; ++t) owner[l.chunk[i].first + t] = i;
+
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (long t = 0; t < T_; ++t)
+        for (long i = 0; i < hidden; i += W) store(x + t * hidden + i, E::widen(static_cast<const T*>(m.embedding) + l.ids[t] * hidden + i));
+
+    const auto add = [&](long row, long column, F a, F b) {
+        float* to = x + row * hidden + column;
+        store(to, load<F>(to) + a);
+        store(to + W, load<F>(to + W) + b);
+    };
+    for (long n = 0; n < m.layers; ++n) {
+        const Layer& layer = m.layer[n];
+        const Pages pages{l.pool, m.layers, m.kv_heads, l.page_tokens, dim, n};
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (long t = 0; t < T_; ++t) norm<E>(x + t * hidden, layer.input_norm, hidden, m.epsilon, normed + t * hidden);
+        gemm<E>(normed, layer.qkv, T_, width, hidden, threads, [&](long row, long column, F a, F b) {
+            if (layer.bias) a += load<F>(layer.bias + column), b += load<F>(layer.bias + column + W);
+            store(qkv + row * room + column, a);
+            store(qkv + row * room + column + W, b);
+        });
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (long t = 0; t < T_; ++t) {
+            const Chunk& c = l.chunk[owner[t]];
+            const long position = l.positions[t], page = l.table[c.pages + position / l.page_tokens], at = position % l.page_tokens;
+            const float *cos = m.cos + position * (dim / 2), *sin = m.sin + position * (dim / 2);
+            float* row = qkv + t * room;
+            for (long h = 0; h < m.heads; ++h)
+                rotate<E>(row + h * dim, layer.q_norm, m.epsilon, cos, sin, m.scale * 1.44269504f, dim, q + t * q_width + h * dim);
+            for (long h = 0; h < m.kv_heads; ++h) {
+                rotate<E>(row + q_width + h * dim, layer.k_norm, m.epsilon, cos, sin, 1, dim, pages.row<E>(page, 0, h, at));
+                T* value = pages.row<E>(page, 1, h, at);
+                for (long i = 0; i < dim; i += W) E::narrow(value + i, load<F>(row + q_width + kv_width + h * dim + i));
+            }
+        }
+        attend<E>(m, l, pages, q, normed, space);
+        gemm<E>(normed, layer.o, T_, hidden, q_width, threads, add);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (long t = 0; t < T_; ++t) norm<E>(x + t * hidden, layer.output_norm, hidden, m.epsilon, normed + t * hidden);
+        gemm<E>(normed, layer.gate_up, T_, 2 * m.inner, hidden, threads,
+                [&](long row, long column, F gate, F up) { E::narrow(inner + row * m.inner + column / 2, silu(gate) * up); });
+        gemm<E>(inner, layer.down, T_, hidden, m.inner, threads, add);
+    }
+    for (long i = 0; i < l.draws; ++i) norm<E>(x + l.keep[i] * hidden, m.final_norm, hidden, m.epsilon, normed + i * hidden);
+    const long logits = (m.vocabulary + COLUMNS - 1) / COLUMNS * COLUMNS;
+    gemm<E>(normed, m.head, l.draws, m.vocabulary, hidden, threads, [&](long row, long column, F a, F b) {
+        store(l.logits + row * logits + column, a);
+        store(l.logits + row * logits + column + W, b);
+    });
+}
+
+}  // namespace baton
+
+extern "C" {
+
+void* baton_workspace() { return new baton::Workspace; }
+void baton_release(void* space) { delete static_cast<baton::Workspace*>(space); }
+
+void baton_forward(const baton::Model* model, const baton::Launch* launch, void* space) {
+    auto& own = *static_cast<baton::Workspace*>(space);
+#ifdef __AMX_BF16__
+    const bool whole = model->hidden % 32 == 0 && model->inner % 32 == 0 && model->head_dim % 32 == 0;
+    if (model->bf16 && whole) return baton::forward<baton::Amx>(*model, *launch, own);
+#endif
+    model->bf16 ? baton::forward<baton::Bf16>(*model, *launch, own) : baton::forward<baton::Float>(*model, *launch, own);
+}
+
+// Weights `[rows][lanes]` into panels `[rows / 32][lanes][32]`, zeros behind the last row.
+void baton_pack(const uint32_t* from, int64_t rows, int64_t lanes, uint32_t* to) {
+    for (int64_t n = 0; n < (rows + 31) / 32 * 32; ++n)
+        for (int64_t k = 0; k < lanes; ++k) to[n / 32 * lanes * 32 + k * 32 + n % 32] = n < rows ? from[n * lanes + k] : 0;
+}
+}

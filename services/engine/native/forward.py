@@ -1,0 +1,164 @@
+"""A whole launch in one call of our own kernels: models of the Llama family on CPU cores, in bfloat16 or float32."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.engine.launch import Launch
+from services.engine.model import LoadedModel
+from services.engine.native import library
+from services.engine.native.build import Unavailable
+from services.engine.pool import Pool
+
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+COLUMNS = 32
+"""Outputs in a panel of packed weights, as in gemm.h."""
+HALF = 16
+"""Gate and up projections take turns in a panel, so that both are in registers when one is multiplied with the other."""
+
+QUERY_ROWS = 96
+"""Heads times tokens of a block of queries, as in attention.h."""
+
+
+def refusal(loaded: LoadedModel, page_tokens: int) -> str | None:
+    """Why the kernels cannot run this model, or None."""
+    config = loaded.module.config
+    layout = loaded.layout
+    if loaded.device.type != "cpu":
+        return f"the device is {loaded.device.type}"
+    if loaded.dtype not in (torch.bfloat16, torch.float32):
+        return f"the type is {layout.dtype}"
+    if config.model_type not in FAMILY:
+        return f"{config.model_type} is not of the Llama family"
+    if config.hidden_act != "silu":
+        return f"the activation is {config.hidden_act}"
+    if getattr(config, "mlp_bias", False) or _bias(loaded.module.model.layers[0].self_attn.o_proj) is not None:
+        return "output projections have a bias"
+    group = config.num_attention_heads // layout.kv_heads
+    if group > QUERY_ROWS:
+        return f"{group} query heads share a KV head"
+    if page_tokens % 16 or layout.head_dim % 32 or config.hidden_size % COLUMNS or config.intermediate_size % HALF:
+        return "page_tokens must be a multiple of 16, head_dim and hidden_size of 32, intermediate_size of 16"
+    return None
+
+
+class NativeForward:
+    """Packed weights of one model, over one pool. Keeps nothing of the module but its token embedding."""
+
+    def __init__(self, loaded: LoadedModel, pool: Pool, path: Path) -> None:
+        """Raises Unavailable if the library cannot be loaded."""
+        try:
+            self._library = library.functions(path)
+        except OSError as error:
+            raise Unavailable(f"the compiled kernels cannot be loaded: {error}") from error
+        self._pool = pool
+        self._kept: list[Any] = []
+        self._dtype = loaded.dtype
+        self._vocabulary = loaded.vocabulary
+        self._model = self._describe(loaded)
+        self._space = ctypes.c_void_p(self._library.baton_workspace())
+        weakref.finalize(self, self._library.baton_release, self._space)
+
+    def __call__(self, launch: Launch) -> Tensor:
+        """Logits of the launch's `keep` rows, float32 `[draws, vocabulary]`."""
+        logits = torch.empty(len(launch.keep), -(-self._vocabulary // COLUMNS) * COLUMNS)
+        given = library.Launch(
+            tokens=len(launch.ids),
+            chunks=len(launch.chunks),
+            draws=len(launch.keep),
+            threads=torch.get_num_threads(),
+            ids=launch.ids.ctypes.data,
+            positions=launch.positions.ctypes.data,
+            chunk=launch.chunks.ctypes.data,
+            table=launch.table.ctypes.data,
+            keep=launch.keep.ctypes.data,
+            logits=logits.data_ptr(),
+            pool=self._pool.tensor.data_ptr(),
+            page_tokens=self._pool.layout.page_tokens,
+        )
+        self._library.baton_forward(ctypes.byref(self._model), ctypes.byref(given), self._space)
+        return logits[:, : self._vocabulary]
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _describe(self, loaded: LoadedModel) -> library.Model:
+        module = loaded.module
+        config, body = module.config, module.model
+        layers = (library.Layer * len(body.layers))(*[self._layer(layer) for layer in body.layers])
+        cos, sin = rotary(module, loaded.context_tokens)
+        self._kept.append(layers)
+        attention = body.layers[0].self_attn
+        return library.Model(
+            layers=len(body.layers),
+            hidden=config.hidden_size,
+            heads=config.num_attention_heads,
+            kv_heads=loaded.layout.kv_heads,
+            head_dim=loaded.layout.head_dim,
+            inner=config.intermediate_size,
+            vocabulary=config.vocab_size,
+            bf16=int(self._dtype is torch.bfloat16),
+            epsilon=config.rms_norm_eps,
+            scale=attention.scaling,
+            layer=layers,
+            final_norm=self._floats(body.norm.weight),
+            embedding=self._keep(body.embed_tokens.weight.detach().contiguous()),
+            head=self._packed(module.lm_head.weight),
+            cos=self._keep(cos),
+            sin=self._keep(sin),
+        )
+
+    def _layer(self, layer: Any) -> library.Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        biases = [_bias(part) for part in inputs]
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        gate, up = (part.weight.detach().unflatten(0, (-1, HALF)) for part in (mlp.gate_proj, mlp.up_proj))
+        return library.Layer(
+            input_norm=self._floats(layer.input_layernorm.weight),
+            q_norm=None if norms[0] is None else self._floats(norms[0].weight),
+            k_norm=None if norms[1] is None else self._floats(norms[1].weight),
+            output_norm=self._floats(layer.post_attention_layernorm.weight),
+            bias=None if biases[0] is None else self._floats(torch.cat([bias for bias in biases if bias is not None])),
+            qkv=self._packed(torch.cat([part.weight.detach() for part in inputs])),
+            o=self._packed(attention.o_proj.weight),
+            gate_up=self._packed(torch.stack((gate, up), 1).flatten(0, 2)),
+            down=self._packed(mlp.down_proj.weight),
+        )
+
+    def _packed(self, weight: Tensor) -> int:
+        """`[N, K]` into panels; numpy asks for huge pages, which reading them once a step is faster from."""
+        weight = weight.detach().contiguous()
+        rows, lanes = weight.shape[0], weight.shape[1] * weight.element_size() // 4
+        packed: NDArray[np.uint32] = np.empty(-(-rows // COLUMNS) * COLUMNS * lanes, dtype=np.uint32)
+        self._library.baton_pack(weight.data_ptr(), rows, lanes, packed.ctypes.data)
+        self._kept.append(packed)
+        return packed.ctypes.data
+
+    def _floats(self, values: Tensor) -> int:
+        """In float32, zeros behind the last one up to a whole panel."""
+        values = values.detach().float()
+        return self._keep(torch.nn.functional.pad(values, (0, -len(values) % COLUMNS)))
+
+    def _keep(self, values: Tensor) -> int:
+        self._kept.append(values)
+        return values.data_ptr()
+
+
+def rotary(module: Any, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the model's own rotary embedding, whatever its scaling: float32 `[positions, head_dim / 2]` each."""
+    places = torch.arange(positions)[None]
+    cos, sin = module.model.rotary_emb(torch.empty(0, dtype=torch.float32), places)
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+
+
+def _bias(linear: Any) -> Tensor | None:
+    return getattr(linear, "bias", None)

@@ -1,0 +1,159 @@
+// Sixteen lanes of 32 bits, and the two kinds of elements that fit into them: one float, or two bfloat16.
+//
+// Everything above this file is written in lanes: a lane of activations times a lane of weights is one multiply-add (float) or two
+// (bfloat16 pairs, one instruction on CPUs with AVX-512 BF16). GCC's vectors carry the rest to any CPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace baton {
+
+constexpr int W = 16;
+using F = float __attribute__((vector_size(64)));
+using I = int32_t __attribute__((vector_size(64)));
+using U = uint32_t __attribute__((vector_size(64)));
+using H = uint16_t __attribute__((vector_size(32)));
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class V, class T>
+INLINE V load(const T* from) {
+    V v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+template <class V, class T>
+INLINE void store(T* to, V v) {
+    memcpy(to, &v, sizeof v);
+}
+INLINE F splat(float x) { return F{} + x; }
+INLINE U splat(uint32_t x) { return U{} + x; }
+INLINE F larger(F a, F b) { return a > b ? a : b; }
+INLINE F bits(U v) { return reinterpret_cast<F>(v); }
+INLINE U bits(F v) { return reinterpret_cast<U>(v); }
+
+INLINE float sum(F v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
+#else
+    float s = 0;
+    for (int i = 0; i < W; ++i) s += v[i];
+    return s;
+#endif
+}
+INLINE float largest(F v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+    float m = v[0];
+    for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+#endif
+}
+
+// 2^y, relative error below 3e-7; 0 for y < -126, minus infinity included. Least-squares polynomial on [-1/2, 1/2].
+INLINE F exp2(F y) {
+#ifdef __AVX512F__
+    const __m512 z = reinterpret_cast<__m512>(y), f = _mm512_sub_ps(z, _mm512_roundscale_ps(z, 0));
+    __m512 p = _mm512_set1_ps(1.5403530e-4f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
+    return reinterpret_cast<F>(_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(z, _mm512_set1_ps(-126.f), _CMP_GE_OQ), p, _mm512_sub_ps(z, f)));
+#else
+    const F magic = splat(12582912.f);
+    F t = y + magic;  // rounds to an integer, which then lies in the lowest bits
+    F f = y - (t - magic);
+    F p = splat(1.5403530e-4f);
+    p = p * f + splat(1.3333558e-3f);
+    p = p * f + splat(9.6181291e-3f);
+    p = p * f + splat(5.5504109e-2f);
+    p = p * f + splat(2.4022651e-1f);
+    p = p * f + splat(6.9314718e-1f);
+    p = p * f + splat(1.f);
+    F r = bits(bits(p) + (bits(t) << 23));
+    return y >= splat(-126.f) ? r : F{};
+#endif
+}
+
+// Rows of 16 lanes `[16][16]`, `stride` lanes apart, turned over: to[i * 16 + j] = from[j * stride + i].
+INLINE void transpose(const uint32_t* from, long stride, uint32_t* to) {
+#ifdef __AVX512F__
+    __m512i r[16], s[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+        s[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        s[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(s[i], s[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(s[i], s[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(s[i + 1], s[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(s[i + 1], s[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; ++j) {
+            s[i + j] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0x88);
+            s[i + j + 4] = _mm512_shuffle_i32x4(r[i + j], r[i + j + 4], 0xdd);
+        }
+    for (int j = 0; j < 8; ++j) {
+        r[j] = _mm512_shuffle_i32x4(s[j], s[j + 8], 0x88);
+        r[j + 8] = _mm512_shuffle_i32x4(s[j], s[j + 8], 0xdd);
+    }
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + i * 16, r[i]);
+#else
+    for (int i = 0; i < 16; ++i)
+        for (int j = 0; j < 16; ++j) to[i * 16 + j] = from[j * stride + i];
+#endif
+}
+
+// Kinds of elements. `rows`: of activations that are multiplied at a time, a multiple of `unit`; a Session is what a thread needs for it.
+struct Float {
+    struct Session {};
+    using T = float;
+    static constexpr int rows = 12, unit = 1;  // 12 rows x 2 vectors of sums leave registers for weights and one activation
+    static constexpr int step = 1;  // elements in a lane
+    static INLINE F mac(F acc, U a, U w) { return acc + bits(a) * bits(w); }
+    static INLINE F widen(const T* from) { return load<F>(from); }
+    static INLINE void narrow(T* to, F v) { store(to, v); }
+    static INLINE U lanes(const T* a, const T*) { return load<U>(a); }  // 16 lanes of one row, or of two rows in pairs
+};
+
+struct Bf16 {
+    struct Session {};
+    using T = uint16_t;
+    static constexpr int rows = 12, unit = 1;
+    static constexpr int step = 2;
+    static INLINE F mac(F acc, U a, U w) {
+#ifdef __AVX512BF16__
+        return reinterpret_cast<F>(
+            _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(a)));
+#else
+        acc += bits(a << 16) * bits(w << 16);
+        return acc + bits(a & 0xffff0000u) * bits(w & 0xffff0000u);
+#endif
+    }
+    static INLINE U lanes(const T* a, const T* b) {
+        return __builtin_convertvector(load<H>(a), U) | __builtin_convertvector(load<H>(b), U) << 16;
+    }
+    static INLINE F widen(const T* from) { return bits(__builtin_convertvector(load<H>(from), U) << 16); }
+    static INLINE void narrow(T* to, F v) {  // to the nearest, ties to even
+#ifdef __AVX512BF16__
+        const __m256bh b = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+        memcpy(to, &b, sizeof b);
+#else
+        U b = bits(v);
+        b = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+        store(to, __builtin_convertvector(b, H));
+#endif
+    }
+};
+
+}  // namespace baton
