@@ -1,6 +1,17 @@
 # Prefill, decode and colocated workers, and the one-shot service that puts the model into the volume.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
+
+# The CPU kernels, for every kind of x86-64; the image that runs has no compiler. Another architecture computes with torch.
+FROM ${BASE_IMAGE} AS kernels
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+WORKDIR /build
+COPY services/__init__.py services/__init__.py
+COPY services/engine/__init__.py services/engine/__init__.py
+COPY services/engine/native services/engine/native
+RUN mkdir /kernels && if [ "$(uname -m)" = x86_64 ]; then python3 -m services.engine.native /kernels; fi
+
 FROM ${BASE_IMAGE}
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
 # pip: UCX out of its wheel (shared memory, CUDA, TCP). system: the base image's own UCX, or else Debian's, for verbs.
 ARG UCX=pip
 RUN if [ "$UCX" = system ] && ! ldconfig -p | grep -q libucp; then \
@@ -21,7 +32,8 @@ RUN extra="" \
 COPY common common
 COPY services services
 COPY scripts scripts
+COPY --from=kernels /kernels /opt/baton/kernels
 RUN python -m compileall -q common services scripts \
  && mkdir /models && chown 10001:10001 /models
 USER 10001:10001
-ENV HOME=/tmp XDG_CACHE_HOME=/models HF_HOME=/models/hub
+ENV HOME=/tmp XDG_CACHE_HOME=/models HF_HOME=/models/hub BATON_NATIVE=/opt/baton/kernels
