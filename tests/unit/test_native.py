@@ -90,6 +90,22 @@ def test_bfloat16_is_as_near_as_torch(kind: str, config: PreTrainedConfig, tmp_p
 
 
 @able
+@pytest.mark.parametrize("kind", playable())
+def test_gates_far_from_zero(kind: str, tmp_path: Path) -> None:
+    """Activations whose exponential is no float any more."""
+    eager = saved(CONFIGS["grouped"], tmp_path)
+    with torch.no_grad():
+        for layer in eager.model.layers:
+            layer.mlp.gate_proj.weight *= 100
+            layer.mlp.down_proj.weight /= 100
+    eager.save_pretrained(tmp_path)
+    loaded = load(tmp_path, "cpu", "float32", 16)
+    runner = Runner(NativeForward(loaded, Pool(loaded.layout, 120, "cpu"), build.library(kind)), 16)
+    for found, wanted in pairs(runner, eager, PLANS, page_tokens=16, pages=120):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@able
 def test_threads_compute_the_same(tmp_path: Path) -> None:
     eager, loaded, pool = made(CONFIGS["grouped"], tmp_path, "bfloat16")
     forward = NativeForward(loaded, pool, build.library())

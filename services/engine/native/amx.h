@@ -29,12 +29,12 @@ struct Amx : Bf16 {
 // What has been written must lie in memory when tiles are read from it: GCC's tile loads do not tell the compiler that they read.
 INLINE void written() { __asm__ volatile("" ::: "memory"); }
 
-// STREAM: columns come from memory, one panel of 32 after the other, and are fetched ahead.
-template <bool BOTH, bool STREAM = false>
+// FRESH: columns come from memory, one panel of 32 after the other, and are fetched ahead.
+template <bool BOTH, bool FRESH = false>
 INLINE void amx_product(const uint32_t* a, long a_row, const uint32_t* left, const uint32_t* right, long b_lane, long depth) {
     written();
     for (long k = 0; k < depth; k += W) {
-        if (STREAM) for (long line = 0; line < 2 * W; ++line) __builtin_prefetch(left + (k + 2 * W) * b_lane + line * W);
+        if (FRESH) for (long line = 0; line < 2 * W; ++line) __builtin_prefetch(left + (k + 2 * W) * b_lane + line * W);
         _tile_loadd(6, left + k * b_lane, b_lane * 4);
         _tile_loadd(4, a + k, a_row * 4);
         _tile_dpbf16ps(0, 4, 6);

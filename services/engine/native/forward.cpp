@@ -72,7 +72,7 @@ void rotate(float* x, const float* weight, float epsilon, const float* cos, cons
     }
 }
 
-INLINE F silu(F x) { return x / (splat(1.f) + exp2(x * splat(-1.44269504f))); }
+INLINE F silu(F x) { return x * inverse(splat(1.f) + exp2(x * splat(-1.44269504f))); }
 
 template <class E>
 void attend(const Model& m, const Launch& l, const Pages& pages, const typename E::T* q, typename E::T* out, Workspace& space) {

@@ -44,24 +44,23 @@ void vector_tile(std::integer_sequence<int, R...>, int rows, const uint32_t* a, 
     tiles[rows - 1](a, panel, depth, to);
 }
 
-// to `[rows][32]` = a `[rows][depth]` times one panel. `rows` is at most E::rows.
+// to `[rows][32]` = a `[rows][depth]` times one panel, which comes from memory (`fresh`) or a cache. `rows` is at most E::rows.
 template <class E>
-void product(int rows, const uint32_t* a, const uint32_t* panel, long depth, float* to) {
+void product(int rows, const uint32_t* a, const uint32_t* panel, bool, long depth, float* to) {
     vector_tile<E>(std::make_integer_sequence<int, E::rows>(), rows, a, panel, depth, to);
 }
 
 #ifdef __AMX_BF16__
+template <bool BOTH, bool FRESH>
+INLINE void amx_tile(const uint32_t* a, const uint32_t* panel, long depth, float* to) {
+    amx_clear<BOTH>();
+    amx_product<BOTH, FRESH>(a, depth, panel, panel + W, COLUMNS, depth);
+    amx_store<BOTH>(to, COLUMNS);
+}
 template <>
-inline void product<Amx>(int rows, const uint32_t* a, const uint32_t* panel, long depth, float* to) {
-    if (rows > W) {
-        amx_clear<true>();
-        amx_product<true, true>(a, depth, panel, panel + W, COLUMNS, depth);
-        amx_store<true>(to, COLUMNS);
-    } else {
-        amx_clear<false>();
-        amx_product<false, true>(a, depth, panel, panel + W, COLUMNS, depth);
-        amx_store<false>(to, COLUMNS);
-    }
+inline void product<Amx>(int rows, const uint32_t* a, const uint32_t* panel, bool fresh, long depth, float* to) {
+    if (rows > W) fresh ? amx_tile<true, true>(a, panel, depth, to) : amx_tile<true, false>(a, panel, depth, to);
+    else fresh ? amx_tile<false, true>(a, panel, depth, to) : amx_tile<false, false>(a, panel, depth, to);
 }
 #endif
 
@@ -75,19 +74,23 @@ void gemm(const typename E::T* activations, const uint32_t* weights, long rows, 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         typename E::Session session;
-        alignas(64) float sums[E::rows * COLUMNS];
+        alignas(64) float sums[2][E::rows * COLUMNS];  // what is made of one tile's sums overlaps with the next tile's products
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < blocks * parts; ++task) {
             const long begin = units * (task / parts) / blocks, end = units * (task / parts + 1) / blocks;
             const long tiles = ((end - begin) * E::unit + E::rows - 1) / E::rows;
-            for (long p = task % parts * share; p < std::min(panels, (task % parts + 1) * share); ++p)
+            const auto start = [&](long t) { return std::min(rows, (begin + (end - begin) * t / tiles) * E::unit); };
+            const auto finish = [&](long p, long t) {
+                const float* from = sums[t % 2];
+                for (long row = start(t); row < start(t + 1); ++row, from += COLUMNS) out(row, p * COLUMNS, load<F>(from), load<F>(from + W));
+            };
+            for (long p = task % parts * share; p < std::min(panels, (task % parts + 1) * share); ++p) {
                 for (long t = 0; t < tiles; ++t) {
-                    const long first = (begin + (end - begin) * t / tiles) * E::unit;
-                    const long last = std::min(rows, (begin + (end - begin) * (t + 1) / tiles) * E::unit);
-                    product<E>(last - first, a + first * depth, weights + p * depth * COLUMNS, depth, sums);
-                    for (long r = 0; r < last - first; ++r)
-                        out(first + r, p * COLUMNS, load<F>(sums + r * COLUMNS), load<F>(sums + r * COLUMNS + W));
+                    product<E>(start(t + 1) - start(t), a + start(t) * depth, weights + p * depth * COLUMNS, t == 0, depth, sums[t % 2]);
+                    if (t) finish(p, t - 1);
                 }
+                finish(p, tiles - 1);
+            }
         }
     }
 }

@@ -55,7 +55,7 @@ INLINE float largest(F v) {
 #endif
 }
 
-// 2^y, relative error below 3e-7; 0 for y < -126, minus infinity included. Least-squares polynomial on [-1/2, 1/2].
+// 2^y, relative error below 3e-7; 0 for y < -126, minus infinity included; at least 2^127 for y > 127. Least-squares polynomial on [-1/2, 1/2].
 INLINE F exp2(F y) {
 #ifdef __AVX512F__
     const __m512 z = reinterpret_cast<__m512>(y), f = _mm512_sub_ps(z, _mm512_roundscale_ps(z, 0));
@@ -69,6 +69,7 @@ INLINE F exp2(F y) {
     return reinterpret_cast<F>(_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(z, _mm512_set1_ps(-126.f), _CMP_GE_OQ), p, _mm512_sub_ps(z, f)));
 #else
     const F magic = splat(12582912.f);
+    y = y < splat(127.f) ? y : splat(127.f);
     F t = y + magic;  // rounds to an integer, which then lies in the lowest bits
     F f = y - (t - magic);
     F p = splat(1.5403530e-4f);
@@ -80,6 +81,17 @@ INLINE F exp2(F y) {
     p = p * f + splat(1.f);
     F r = bits(bits(p) + (bits(t) << 23));
     return y >= splat(-126.f) ? r : F{};
+#endif
+}
+
+// 1 / x for x >= 1, relative error below 1e-7.
+INLINE F inverse(F x) {
+#ifdef __AVX512F__
+    const __m512 v = reinterpret_cast<__m512>(x), y = _mm512_rcp14_ps(v);
+    const __m512 z = _mm512_mul_ps(y, _mm512_fnmadd_ps(v, y, _mm512_set1_ps(2.f)));
+    return reinterpret_cast<F>(_mm512_mask_mov_ps(z, _mm512_cmp_ps_mask(v, _mm512_set1_ps(1e30f), _CMP_GT_OQ), _mm512_setzero_ps()));
+#else
+    return splat(1.f) / x;
 #endif
 }
 
