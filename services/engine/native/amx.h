@@ -25,16 +25,16 @@ struct Amx : Bf16 {
     };
 };
 
-// Sums of up to 32 rows (`depth` lanes each, a multiple of 16) with 32 columns; strides in lanes. Tiles: 0-3 sums, 4-5 rows, 6-7 columns.
 // What has been written must lie in memory when tiles are read from it: GCC's tile loads do not tell the compiler that they read.
 INLINE void written() { __asm__ volatile("" ::: "memory"); }
 
-// FRESH: columns come from memory, one panel of 32 after the other, and are fetched ahead.
-template <bool BOTH, bool FRESH = false>
-INLINE void amx_product(const uint32_t* a, long a_row, const uint32_t* left, const uint32_t* right, long b_lane, long depth) {
+// Sums of up to 32 rows (`depth` lanes each, a multiple of 16) with 32 columns; strides in lanes; `besides` is done once for each sixteen lanes.
+// Tiles: 0-3 sums, 4-5 rows, 6-7 columns.
+template <bool BOTH, class Besides>
+INLINE void amx_product(const uint32_t* a, long a_row, const uint32_t* left, const uint32_t* right, long b_lane, long depth, Besides besides) {
     written();
     for (long k = 0; k < depth; k += W) {
-        if (FRESH) for (long line = 0; line < 2 * W; ++line) __builtin_prefetch(left + (k + 2 * W) * b_lane + line * W);
+        besides();
         _tile_loadd(6, left + k * b_lane, b_lane * 4);
         _tile_loadd(4, a + k, a_row * 4);
         _tile_dpbf16ps(0, 4, 6);
@@ -46,6 +46,10 @@ INLINE void amx_product(const uint32_t* a, long a_row, const uint32_t* left, con
             _tile_dpbf16ps(3, 5, 7);
         }
     }
+}
+template <bool BOTH>
+INLINE void amx_product(const uint32_t* a, long a_row, const uint32_t* left, const uint32_t* right, long b_lane, long depth) {
+    amx_product<BOTH>(a, a_row, left, right, b_lane, depth, [] {});
 }
 template <bool BOTH>
 INLINE void amx_clear() {

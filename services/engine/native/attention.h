@@ -25,17 +25,18 @@ struct Chunk {  // `tokens` rows of the launch from `first` on, behind `start` t
     int64_t first, tokens, start, pages;  // pages: where its page ids begin in the launch's table
 };
 
-constexpr long KEYS = 64;        // keys that are weighed at a time
+constexpr long KEYS = 128;       // keys that are weighed at a time
+constexpr long PIECES = KEYS / W;  // of 16 keys, a vector
 constexpr long QUERY_ROWS = 96;  // rows (tokens x heads of the group) of a block of queries
 const float NONE = -__builtin_inff();
 
 inline long padded(long tokens) { return (tokens + KEYS - 1) / KEYS * KEYS; }
 
-// Scores of `R` rows with 64 keys, turned over: keys `[4][lanes][16]`.
+// Scores of `R` rows with KEYS keys, turned over: keys `[PIECES][lanes][16]`.
 template <class E, int R>
 INLINE void score(const uint32_t* q, long q_row, const uint32_t* keys, long lanes, float* to, long to_row) {
     constexpr int V = R <= 6 ? 4 : 2;  // as many vectors as there are registers for sums
-    for (int v = 0; v < 4; v += V) {
+    for (int v = 0; v < PIECES; v += V) {
         F sums[R][V] = {};
         multiply<E, R, V>(sums, q, q_row, keys + v * lanes * W, W, lanes * W, lanes);
 #pragma GCC unroll 16
@@ -98,14 +99,14 @@ float weights_of(float* scores, long tokens, long room, typename E::T* weights) 
     for (long t = 0; t < room; t += W) top = larger(top, load<F>(scores + t));
     top = splat(largest(top));
     for (long t = 0; t < room; t += W) {
-        F e = exp2(load<F>(scores + t) - top);
+        F e = E::exp2(load<F>(scores + t) - top);
         total += e;
         E::narrow(weights + t, e);
     }
     return sum(total);
 }
 
-// `scratch`: floats for R rows of scores and as many elements of weights, and 64 keys turned over.
+// `scratch`: floats for R rows of scores and as many elements of weights, and KEYS keys turned over.
 template <class E, int R>
 void decode_heads(const Pages& pages, const int64_t* table, long tokens, long head, const typename E::T* q, typename E::T* out, float* scratch) {
     const long lanes = pages.head_dim / E::step, room = padded(tokens), group = pages.page_tokens / W;
@@ -113,7 +114,7 @@ void decode_heads(const Pages& pages, const int64_t* table, long tokens, long he
     auto* weights = reinterpret_cast<typename E::T*>(scores + R * room);
     auto* keys = reinterpret_cast<uint32_t*>(scores + 2 * R * room);
     for (long t = 0; t < tokens; t += KEYS) {
-        for (int b = 0; b < 4; ++b) {
+        for (int b = 0; b < PIECES; ++b) {
             const long at = std::min(t / W + b, (tokens - 1) / W);
             const auto* from = reinterpret_cast<const uint32_t*>(pages.row<E>(table[at / group], 0, head, at % group * W));
             const auto* later = reinterpret_cast<const char*>(pages.row<E>(table[std::min(at + 4, (tokens - 1) / W) / group], 0, head, (at + 4) % group * W));
@@ -268,7 +269,7 @@ void gather(const Pages& pages, const int64_t* table, long tokens, long head, lo
         }
 }
 
-// rows `[R]` of weights times 64 values, added to `out` `[R][head_dim]` floats.
+// rows `[R]` of weights times KEYS values, added to `out` `[R][head_dim]` floats.
 template <class E, int R>
 INLINE void add_values(const uint32_t* weights, const uint32_t* values, long dim, float* out) {
     for (long c = 0; c < dim; c += 2 * W) {
@@ -340,52 +341,63 @@ inline void values_of<Amx>(long rows, const uint32_t* weights, const uint32_t* v
 struct Block {  // scratch of one block of queries, in a core's own cache
     std::vector<float> scores, out, top, total;
     std::vector<uint32_t> queries, weights;
-    explicit Block(long head_dim)
-        : scores(QUERY_ROWS * KEYS), out(QUERY_ROWS * head_dim), top(QUERY_ROWS), total(QUERY_ROWS), queries(QUERY_ROWS * head_dim),
-          weights(QUERY_ROWS * KEYS) {}
+    Block(long rows, long head_dim)
+        : scores(rows * KEYS), out(QUERY_ROWS * head_dim), top(QUERY_ROWS), total(QUERY_ROWS * W), queries(QUERY_ROWS * head_dim),
+          weights(rows * KEYS) {}
 };
+
+// One row of scores into weights against a running maximum; what has been summed so far shrinks when that grows.
+template <class E>
+INLINE void weigh_row(const float* scores, typename E::T* weights, float& top, float* total, float* out, long dim) {
+    F s[PIECES], tops[PIECES / 2], totals = load<F>(total);
+    for (int j = 0; j < PIECES; ++j) s[j] = load<F>(scores + j * W);
+    for (int j = 0; j < PIECES / 2; ++j) tops[j] = larger(s[2 * j], s[2 * j + 1]);
+    const float highest = largest(larger(larger(tops[0], tops[1]), larger(tops[2], tops[3])));
+    if (highest > top) {
+        const F shrink = exp2(splat(top - highest));
+        top = highest;
+        totals *= shrink;
+        for (long i = 0; i < dim; i += W) store(out + i, load<F>(out + i) * shrink);
+    }
+    const F by = splat(top);
+    for (int j = 0; j < PIECES; ++j) {
+        const F e = E::exp2(s[j] - by);
+        totals += e;
+        E::narrow(weights + j * W, e);
+    }
+    store(total, totals);
+}
 
 // `count` tokens from `first` on of a chunk whose first token stands at position `start`, for one KV head; rows are token * group + head.
 // q and out `[tokens][row]` elements.
 template <class E>
 void prefill(const uint32_t* keys, const uint32_t* values, long start, long first, long count, long group, long dim, const typename E::T* q,
              typename E::T* out, long row, Block& block) {
+    using T = typename E::T;
     const long lanes = dim / E::step, rows = count * group, seen = start + first + count;
     for (long r = 0; r < rows; ++r)
-        memcpy(block.queries.data() + r * lanes, q + (first + r / group) * row + r % group * dim, dim * sizeof(typename E::T));
+        memcpy(block.queries.data() + r * lanes, q + (first + r / group) * row + r % group * dim, dim * sizeof(T));
     std::fill(block.out.begin(), block.out.end(), 0.f);
     std::fill(block.top.begin(), block.top.end(), NONE);
     std::fill(block.total.begin(), block.total.end(), 0.f);
-    for (long t = 0; t < seen; t += KEYS) {
-        const uint32_t* near = keys + t * lanes;
-        scores_of<E>(rows, block.queries.data(), near, lanes, block.scores.data());
-        for (long r = 0; r < rows; ++r) {
-            float* scores = block.scores.data() + r * KEYS;
-            for (long k = std::max(0l, start + first + r / group + 1 - t); k < KEYS; ++k) scores[k] = NONE;
-            F s[4];
-            for (int j = 0; j < 4; ++j) s[j] = load<F>(scores + j * W);
-            const float top = std::max(block.top[r], largest(larger(larger(s[0], s[1]), larger(s[2], s[3]))));
-            if (top > block.top[r]) {
-                const F shrink = exp2(splat(block.top[r] - top));
-                block.top[r] = top;
-                block.total[r] *= shrink[0];
-                for (long i = 0; i < dim; i += W) store(block.out.data() + r * dim + i, load<F>(block.out.data() + r * dim + i) * shrink);
+    auto* weights = reinterpret_cast<T*>(block.weights.data());
+    for (long t = 0; t < seen; t += KEYS)
+        for (long strip = 0; strip < rows; strip += E::rows) {
+            const long more = std::min(long(E::rows), rows - strip);
+            scores_of<E>(more, block.queries.data() + strip * lanes, keys + t * lanes, lanes, block.scores.data());
+            for (long r = 0; r < more; ++r) {
+                float* scores = block.scores.data() + r * KEYS;
+                const long at = strip + r;
+                for (long k = std::max(0l, start + first + at / group + 1 - t); k < KEYS; ++k) scores[k] = NONE;
+                weigh_row<E>(scores, weights + r * KEYS, block.top[at], block.total.data() + at * W, block.out.data() + at * dim, dim);
             }
-            auto* weights = reinterpret_cast<typename E::T*>(block.weights.data() + r * (KEYS / E::step));
-            F total = {};
-            for (int j = 0; j < 4; ++j) {
-                F e = exp2(s[j] - splat(top));
-                total += e;
-                E::narrow(weights + j * W, e);
-            }
-            block.total[r] += sum(total);
+            values_of<E>(more, block.weights.data(), values + t / E::step * dim, dim, block.out.data() + strip * dim);
         }
-        const uint32_t* v = values + t / E::step * dim;
-        values_of<E>(rows, block.weights.data(), v, dim, block.out.data());
-    }
-    for (long r = 0; r < rows; ++r)
+    for (long r = 0; r < rows; ++r) {
+        const F by = splat(1 / sum(load<F>(block.total.data() + r * W)));
         for (long i = 0; i < dim; i += W)
-            E::narrow(out + (first + r / group) * row + r % group * dim + i, load<F>(block.out.data() + r * dim + i) * splat(1 / block.total[r]));
+            E::narrow(out + (first + r / group) * row + r % group * dim + i, load<F>(block.out.data() + r * dim + i) * by);
+    }
 }
 
 }  // namespace baton

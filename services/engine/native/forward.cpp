@@ -93,7 +93,7 @@ void attend(const Model& m, const Launch& l, const Pages& pages, const typename 
 #pragma omp parallel num_threads(l.threads) if (l.threads > 1)
         {
             typename E::Session session;
-            Block block(dim);
+            Block block(E::rows, dim);
 #pragma omp for
             for (long t = 0; t < m.kv_heads * (room / W); ++t) {
                 const long head = t / (room / W);
@@ -130,69 +130,91 @@ void attend(const Model& m, const Launch& l, const Pages& pages, const typename 
     }
 }
 
+// Tokens that pass through a layer's products together: each time its weights come from memory once, and activations from a cache.
+constexpr long BLOCK_TOKENS = 512;
+
 template <class E>
-void forward(const Model& m, const Launch& l, Workspace& space) {
+struct Forward {
     using T = typename E::T;
-    const long T_ = l.tokens, hidden = m.hidden, dim = m.head_dim, q_width = m.heads * dim, kv_width = m.kv_heads * dim;
+    const Model& m;
+    const Launch& l;
+    Workspace& space;
+    const long tokens = l.tokens, hidden = m.hidden, dim = m.head_dim, q_width = m.heads * dim, kv_width = m.kv_heads * dim;
     const long width = q_width + 2 * kv_width, room = (width + COLUMNS - 1) / COLUMNS * COLUMNS;
+    const long block = std::min(BLOCK_TOKENS, std::max(tokens, long(l.draws)));
     const int threads = l.threads;
-    float* x = space.take<float>(0, T_ * hidden);
-    T* normed = space.take<T>(1, (T_ + E::unit) * std::max(hidden, q_width));
-    float* qkv = space.take<float>(2, T_ * room);
-    T* q = space.take<T>(3, T_ * q_width);
-    T* inner = space.take<T>(4, (T_ + E::unit) * m.inner);
-    std::vector<long> owner(T_);
-    for (long i = 0; i < l.chunks; ++i)
-        for (long t = 0; t < l.chunk[i].tokens; ++t) owner[l.chunk[i].first + t] = i;
+    float* x = space.take<float>(0, tokens * hidden);                          // residuals
+    T* normed = space.take<T>(1, (block + E::unit) * hidden);                  // of a block, as are the next and the last
+    float* qkv = space.take<float>(2, block * room);
+    T* q = space.take<T>(3, (tokens + E::unit) * q_width);                     // queries, and then what attention makes of them
+    T* inner = space.take<T>(4, (block + E::unit) * m.inner);
+    std::vector<const Chunk*> owner = std::vector<const Chunk*>(tokens);
 
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (long t = 0; t < T_; ++t)
-        for (long i = 0; i < hidden; i += W) store(x + t * hidden + i, E::widen(static_cast<const T*>(m.embedding) + l.ids[t] * hidden + i));
+    void run() {
+        for (long i = 0; i < l.chunks; ++i) std::fill_n(owner.begin() + l.chunk[i].first, l.chunk[i].tokens, l.chunk + i);
+        for (long t = 0; t < tokens; ++t)
+            for (long i = 0; i < hidden; i += W) store(x + t * hidden + i, E::widen(static_cast<const T*>(m.embedding) + l.ids[t] * hidden + i));
+        for (long n = 0; n < m.layers; ++n) {
+            const Pages pages{l.pool, m.layers, m.kv_heads, l.page_tokens, dim, n};
+            for (long t = 0; t < tokens; t += block) before(m.layer[n], pages, t, std::min(block, tokens - t));
+            attend<E>(m, l, pages, q, q, space);
+            for (long t = 0; t < tokens; t += block) behind(m.layer[n], t, std::min(block, tokens - t));
+        }
+        for (long i = 0; i < l.draws; i += block) logits(i, std::min(block, l.draws - i));
+    }
 
-    const auto add = [&](long row, long column, F a, F b) {
-        float* to = x + row * hidden + column;
-        store(to, load<F>(to) + a);
-        store(to + W, load<F>(to + W) + b);
-    };
-    for (long n = 0; n < m.layers; ++n) {
-        const Layer& layer = m.layer[n];
-        const Pages pages{l.pool, m.layers, m.kv_heads, l.page_tokens, dim, n};
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (long t = 0; t < T_; ++t) norm<E>(x + t * hidden, layer.input_norm, hidden, m.epsilon, normed + t * hidden);
-        gemm<E>(normed, layer.qkv, T_, width, hidden, threads, [&](long row, long column, F a, F b) {
+    // Queries, keys and values of `count` tokens from `first` on.
+    void before(const Layer& layer, const Pages& pages, long first, long count) {
+        norms(first, count, layer.input_norm);
+        gemm<E>(normed, layer.qkv, count, width, hidden, threads, [&](long row, long column, F a, F b) {
             if (layer.bias) a += load<F>(layer.bias + column), b += load<F>(layer.bias + column + W);
             store(qkv + row * room + column, a);
             store(qkv + row * room + column + W, b);
         });
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (long t = 0; t < T_; ++t) {
-            const Chunk& c = l.chunk[owner[t]];
-            const long position = l.positions[t], page = l.table[c.pages + position / l.page_tokens], at = position % l.page_tokens;
+        for (long i = 0; i < count; ++i) {
+            const long t = first + i, position = l.positions[t], at = position % l.page_tokens;
+            const long page = l.table[owner[t]->pages + position / l.page_tokens];
             const float *cos = m.cos + position * (dim / 2), *sin = m.sin + position * (dim / 2);
-            float* row = qkv + t * room;
+            float* row = qkv + i * room;
             for (long h = 0; h < m.heads; ++h)
                 rotate<E>(row + h * dim, layer.q_norm, m.epsilon, cos, sin, m.scale * 1.44269504f, dim, q + t * q_width + h * dim);
             for (long h = 0; h < m.kv_heads; ++h) {
                 rotate<E>(row + q_width + h * dim, layer.k_norm, m.epsilon, cos, sin, 1, dim, pages.row<E>(page, 0, h, at));
                 T* value = pages.row<E>(page, 1, h, at);
-                for (long i = 0; i < dim; i += W) E::narrow(value + i, load<F>(row + q_width + kv_width + h * dim + i));
+                for (long c = 0; c < dim; c += W) E::narrow(value + c, load<F>(row + q_width + kv_width + h * dim + c));
             }
         }
-        attend<E>(m, l, pages, q, normed, space);
-        gemm<E>(normed, layer.o, T_, hidden, q_width, threads, add);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (long t = 0; t < T_; ++t) norm<E>(x + t * hidden, layer.output_norm, hidden, m.epsilon, normed + t * hidden);
-        gemm<E>(normed, layer.gate_up, T_, 2 * m.inner, hidden, threads,
-                [&](long row, long column, F gate, F up) { E::narrow(inner + row * m.inner + column / 2, silu(gate) * up); });
-        gemm<E>(inner, layer.down, T_, hidden, m.inner, threads, add);
     }
-    for (long i = 0; i < l.draws; ++i) norm<E>(x + l.keep[i] * hidden, m.final_norm, hidden, m.epsilon, normed + i * hidden);
-    const long logits = (m.vocabulary + COLUMNS - 1) / COLUMNS * COLUMNS;
-    gemm<E>(normed, m.head, l.draws, m.vocabulary, hidden, threads, [&](long row, long column, F a, F b) {
-        store(l.logits + row * logits + column, a);
-        store(l.logits + row * logits + column + W, b);
-    });
-}
+
+    void behind(const Layer& layer, long first, long count) {
+        const auto add = [&](long row, long column, F a, F b) {
+            float* to = x + (first + row) * hidden + column;
+            store(to, load<F>(to) + a);
+            store(to + W, load<F>(to + W) + b);
+        };
+        gemm<E>(q + first * q_width, layer.o, count, hidden, q_width, threads, add);
+        norms(first, count, layer.output_norm);
+        gemm<E>(normed, layer.gate_up, count, 2 * m.inner, hidden, threads,
+                [&](long row, long column, F gate, F up) { E::narrow(inner + row * m.inner + column / 2, silu(gate) * up); });
+        gemm<E>(inner, layer.down, count, hidden, m.inner, threads, add);
+    }
+
+    void logits(long first, long count) {
+        const long vocabulary = (m.vocabulary + COLUMNS - 1) / COLUMNS * COLUMNS;
+        for (long i = 0; i < count; ++i) norm<E>(x + l.keep[first + i] * hidden, m.final_norm, hidden, m.epsilon, normed + i * hidden);
+        gemm<E>(normed, m.head, count, m.vocabulary, hidden, threads, [&](long row, long column, F a, F b) {
+            float* to = l.logits + (first + row) * vocabulary + column;
+            store(to, a);
+            store(to + W, b);
+        });
+    }
+
+    void norms(long first, long count, const float* weight) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+        for (long i = 0; i < count; ++i) norm<E>(x + (first + i) * hidden, weight, hidden, m.epsilon, normed + i * hidden);
+    }
+};
 
 }  // namespace baton
 
@@ -205,9 +227,9 @@ void baton_forward(const baton::Model* model, const baton::Launch* launch, void*
     auto& own = *static_cast<baton::Workspace*>(space);
 #ifdef __AMX_BF16__
     const bool whole = model->hidden % 32 == 0 && model->inner % 32 == 0 && model->head_dim % 32 == 0;
-    if (model->bf16 && whole) return baton::forward<baton::Amx>(*model, *launch, own);
+    if (model->bf16 && whole) return baton::Forward<baton::Amx>{*model, *launch, own}.run();
 #endif
-    model->bf16 ? baton::forward<baton::Bf16>(*model, *launch, own) : baton::forward<baton::Float>(*model, *launch, own);
+    model->bf16 ? baton::Forward<baton::Bf16>{*model, *launch, own}.run() : baton::Forward<baton::Float>{*model, *launch, own}.run();
 }
 
 // Weights `[rows][lanes]` into panels `[rows / 32][lanes][32]`, zeros behind the last row.

@@ -11,7 +11,6 @@
 namespace baton {
 
 constexpr int COLUMNS = 2 * W;
-constexpr int BLOCK_ROWS = 192; // rows whose activations stay in a core's L2 cache while all panels pass by
 
 // sums[r][j] += a[r] . w[:, j]: `depth` lanes of `R` rows, `a_row` apart, times `V` vectors of weights, `w_vector` apart.
 template <class E, int R, int V>
@@ -44,54 +43,64 @@ void vector_tile(std::integer_sequence<int, R...>, int rows, const uint32_t* a, 
     tiles[rows - 1](a, panel, depth, to);
 }
 
-// to `[rows][32]` = a `[rows][depth]` times one panel, which comes from memory (`fresh`) or a cache. `rows` is at most E::rows.
+// Weights that are wanted soon: so many cache lines, a few with each sixteen lanes of depth, lest they hold up those that are wanted now.
+struct Ahead {
+    const uint32_t* from;
+    long lines;
+};
+
+// to `[rows][32]` = a `[rows][depth]` times one panel. `rows` is at most E::rows.
 template <class E>
-void product(int rows, const uint32_t* a, const uint32_t* panel, bool, long depth, float* to) {
+void product(int rows, const uint32_t* a, const uint32_t* panel, long depth, Ahead, float* to) {
     vector_tile<E>(std::make_integer_sequence<int, E::rows>(), rows, a, panel, depth, to);
 }
 
 #ifdef __AMX_BF16__
-template <bool BOTH, bool FRESH>
-INLINE void amx_tile(const uint32_t* a, const uint32_t* panel, long depth, float* to) {
-    amx_clear<BOTH>();
-    amx_product<BOTH, FRESH>(a, depth, panel, panel + W, COLUMNS, depth);
-    amx_store<BOTH>(to, COLUMNS);
-}
 template <>
-inline void product<Amx>(int rows, const uint32_t* a, const uint32_t* panel, bool fresh, long depth, float* to) {
-    if (rows > W) fresh ? amx_tile<true, true>(a, panel, depth, to) : amx_tile<true, false>(a, panel, depth, to);
-    else fresh ? amx_tile<false, true>(a, panel, depth, to) : amx_tile<false, false>(a, panel, depth, to);
+inline void product<Amx>(int rows, const uint32_t* a, const uint32_t* panel, long depth, Ahead ahead, float* to) {
+    const auto fetch = [&] {
+        for (long i = 0; i < ahead.lines; ++i, ahead.from += W) __builtin_prefetch(ahead.from, 0, 2);
+    };
+    if (rows > W) {
+        amx_clear<true>();
+        amx_product<true>(a, depth, panel, panel + W, COLUMNS, depth, fetch);
+        amx_store<true>(to, COLUMNS);
+    } else {
+        amx_clear<false>();
+        amx_product<false>(a, depth, panel, panel + W, COLUMNS, depth, fetch);
+        amx_store<false>(to, COLUMNS);
+    }
 }
 #endif
 
-// out(row, column, v0, v1) is called for every row and every 32 columns with the sums of a `[rows, K]` times weights `[columns, K]`.
+// out(row, column, v0, v1) is called for every row and every 32 columns with the sums of a `[rows, K]` times weights `[columns, K]`. All
+// panels pass by all rows.
 template <class E, class Out>
 void gemm(const typename E::T* activations, const uint32_t* weights, long rows, long columns, long inner, int threads, const Out& out) {
     const auto* a = reinterpret_cast<const uint32_t*>(activations);
-    const long depth = inner / E::step, panels = (columns + COLUMNS - 1) / COLUMNS;
-    const long blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, units = (rows + E::unit - 1) / E::unit;
+    const long depth = inner / E::step, panels = (columns + COLUMNS - 1) / COLUMNS, size = depth * COLUMNS;
+    const long units = (rows + E::unit - 1) / E::unit, tiles = (rows + E::rows - 1) / E::rows;
     const long share = std::max(1l, panels / (4 * threads)), parts = (panels + share - 1) / share;
+    const auto start = [&](long t) { return std::min(rows, units * t / tiles * E::unit); };
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         typename E::Session session;
         alignas(64) float sums[2][E::rows * COLUMNS];  // what is made of one tile's sums overlaps with the next tile's products
+        const auto finish = [&](long p, long t) {
+            const float* from = sums[t % 2];
+            for (long row = start(t); row < start(t + 1); ++row, from += COLUMNS) out(row, p * COLUMNS, load<F>(from), load<F>(from + W));
+        };
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < blocks * parts; ++task) {
-            const long begin = units * (task / parts) / blocks, end = units * (task / parts + 1) / blocks;
-            const long tiles = ((end - begin) * E::unit + E::rows - 1) / E::rows;
-            const auto start = [&](long t) { return std::min(rows, (begin + (end - begin) * t / tiles) * E::unit); };
-            const auto finish = [&](long p, long t) {
-                const float* from = sums[t % 2];
-                for (long row = start(t); row < start(t + 1); ++row, from += COLUMNS) out(row, p * COLUMNS, load<F>(from), load<F>(from + W));
-            };
-            for (long p = task % parts * share; p < std::min(panels, (task % parts + 1) * share); ++p) {
+        for (long part = 0; part < parts; ++part)
+            for (long p = part * share; p < std::min(panels, (part + 1) * share); ++p) {
+                const uint32_t* panel = weights + p * size;
                 for (long t = 0; t < tiles; ++t) {
-                    product<E>(start(t + 1) - start(t), a + start(t) * depth, weights + p * depth * COLUMNS, t == 0, depth, sums[t % 2]);
+                    const Ahead ahead = {panel + (tiles > 1 ? size + size * t / tiles / W * W : 2 * W * COLUMNS), (2 * W + tiles - 1) / tiles};
+                    product<E>(start(t + 1) - start(t), a + start(t) * depth, panel, depth, ahead, sums[t % 2]);
                     if (t) finish(p, t - 1);
                 }
                 finish(p, tiles - 1);
             }
-        }
     }
 }
 
