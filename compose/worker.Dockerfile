@@ -36,4 +36,4 @@ COPY --from=kernels /kernels /opt/baton/kernels
 RUN python -m compileall -q common services scripts \
  && mkdir /models && chown 10001:10001 /models
 USER 10001:10001
-ENV HOME=/tmp XDG_CACHE_HOME=/models HF_HOME=/models/hub BATON_NATIVE=/opt/baton/kernels
+ENV HOME=/tmp XDG_CACHE_HOME=/models HF_HOME=/models/hub BATON_KERNELS_FOLDER=/opt/baton/kernels

@@ -24,14 +24,14 @@ Forward: TypeAlias = Callable[[Launch], Tensor]
 """Writes the launch's KV into the pool; gives logits of its `keep` rows, `[draws, vocabulary]`."""
 
 
-def choose(loaded: LoadedModel, pool: Pool, kernels: Kernels) -> Forward:
-    """The fastest there is; `native` and `torch` insist on theirs. Says in the log what it is and why. Raises StartError if the native
-    kernels are insisted on and cannot run."""
+def choose(loaded: LoadedModel, pool: Pool, kernels: Kernels, folder: str | None = None) -> Forward:
+    """The fastest there is; `native` and `torch` insist on theirs. `folder`: kernels that are compiled already, if any. Says in the log
+    what it is and why. Raises StartError if the native kernels are insisted on and cannot run."""
     why = refusal(loaded, pool.layout.page_tokens) if kernels != "torch" else "the setting says so"
     if why is None:
         try:
             kind = build.target()
-            native = NativeForward(loaded, pool, build.library(kind))
+            native = NativeForward(loaded, pool, build.library(kind, folder))
         except build.Unavailable as error:
             why = str(error)
         else:

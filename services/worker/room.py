@@ -61,7 +61,7 @@ def build(settings: WorkerSettings) -> Room:
     if pages < needed:
         raise StartError(f"{pages} pages, but a request of {most_tokens} tokens needs {needed}: raise pages or lower max_request_tokens")
     pool = Pool(layout, pages, loaded.device)
-    runner = Runner(choose(loaded, pool, settings.kernels), layout.page_tokens)
+    runner = Runner(choose(loaded, pool, settings.kernels, settings.kernels_folder), layout.page_tokens)
     budgets = measure(runner, layout.page_tokens, min(pages * layout.page_tokens, loaded.context_tokens), settings.chunk_s)
     limits = Limits(settings.budget_tokens or budgets.budget_tokens, budgets.chunk_tokens, settings.max_batch, settings.growth_pages)
     identity = _identity(where, settings, layout, loaded.context_tokens, needed)

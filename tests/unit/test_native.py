@@ -160,8 +160,7 @@ def test_without_a_compiler_it_is_unavailable_in_words(tmp_path: Path, monkeypat
 
 
 @able
-def test_what_is_compiled_once_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(build.PREBUILT, str(tmp_path))
+def test_what_is_compiled_once_is_found_again(tmp_path: Path) -> None:
     name = build.library_name(target())
     (tmp_path / name).write_bytes(b"")
-    assert build.library() == tmp_path / name
+    assert build.library(None, tmp_path) == tmp_path / name

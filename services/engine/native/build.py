@@ -17,8 +17,6 @@ FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 KINDS = ("x86-64-v3", "x86-64-v4", "x86-64-v4+avx512bf16", "x86-64-v4+avx512bf16+amx-tile+amx-bf16")
 """Of x86-64 CPUs; each has all instructions of those before it."""
 TIMEOUT_S = 180.0
-PREBUILT = "BATON_NATIVE"
-"""A folder with compiled libraries, for images without a compiler: see `python -m services.engine.native FOLDER`."""
 
 
 class Unavailable(Exception):
@@ -42,11 +40,11 @@ def target() -> str:
     return has[-1] if has else "x86-64"
 
 
-def library(kind: str | None = None) -> Path:
-    """The compiled library for `kind` of CPU, from the prebuilt ones, from the cache, or compiled now. Raises Unavailable."""
+def library(kind: str | None = None, prebuilt: str | Path | None = None) -> Path:
+    """The compiled library for `kind` of CPU: out of a folder that `python -m services.engine.native FOLDER` has filled, or the cache, or
+    compiled now. Raises Unavailable."""
     kind = kind or target()
     name = library_name(kind)
-    prebuilt = os.environ.get(PREBUILT)
     for folder in ([Path(prebuilt)] if prebuilt else []) + [cache()]:
         if (folder / name).exists():
             return folder / name
