@@ -67,6 +67,10 @@ class Inbound:
         """Grants to this peer that are still in transit."""
         return [grant for grant, known in self._grants.items() if known.peer == peer]
 
+    def __len__(self) -> int:
+        """Grants in transit."""
+        return len(self._grants)
+
     def _judge(self, grant: int) -> list[TransferEvent]:
         known = self._grants[grant]
         if known.open or not (known.whole or known.abandoned):

@@ -38,6 +38,11 @@ log = get_logger(__name__)
 SPIN_S = 0.0002
 """The thread looks again without sleeping until nothing has moved for this long: longer than one page takes."""
 IDLE_WAIT_S = 1.0
+BUSY_WAIT_S = 0.02
+"""The longest sleep while something is on its way: a wake-up that does not come shows by what has moved meanwhile."""
+DEAF_WAIT_S = 0.001
+"""The same once that has happened. Between containers it always does: UCX wakes a peer in shared memory through a socket that stays inside
+its network namespace."""
 CLOSE_S = 3.0
 """A closed peer's receives should have ended by then; pages of those that have not stay in quarantine."""
 
@@ -80,6 +85,9 @@ class UcxTransfer:
         self._sender = Sender(self._new_worker(), self._places, self._outbound, self._emit, checksums=checksums, fault=fault)
         self._moved_at = 0.0
         self._asleep = False
+        self._overslept = False
+        """Whether the last sleep ended by its own time."""
+        self._deaf = False
         self._stopping = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._live, name="transfer", daemon=True)
@@ -160,7 +168,11 @@ class UcxTransfer:
         now = time.monotonic()
         if moved:
             self._moved_at = now
-        elif now - self._moved_at > SPIN_S:
+            if self._overslept and not self._deaf:
+                self._deaf = True
+                log.info("no wake-ups from a peer, as between containers: looking every millisecond while pages are on their way")
+        self._overslept = False
+        if not moved and now - self._moved_at > SPIN_S:
             self._sleep(now)
 
     def _sleep(self, now: float) -> None:
@@ -171,8 +183,13 @@ class UcxTransfer:
             workers += [closing.receiver.worker for closing in self._closing]
             if self._commands or self._stopping or not all([worker.arm() for worker in workers]):
                 return
-            wait_s = min([IDLE_WAIT_S, *(max(closing.deadline - now, 0.01) for closing in self._closing if not closing.quarantined)])
-            if any(fd == self._wake_fd for fd, _ in self._poll.poll(wait_s)):
+            wait_s = IDLE_WAIT_S
+            if len(self._inbound) or len(self._outbound):
+                wait_s = DEAF_WAIT_S if self._deaf else BUSY_WAIT_S
+            wait_s = min([wait_s, *(max(closing.deadline - now, 0.01) for closing in self._closing if not closing.quarantined)])
+            ready = self._poll.poll(wait_s)
+            self._overslept = not ready
+            if any(fd == self._wake_fd for fd, _ in ready):
                 os.eventfd_read(self._wake_fd)
         finally:
             self._asleep = False

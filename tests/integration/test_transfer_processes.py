@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import queue
@@ -23,6 +24,7 @@ PAGES, PAGE_BYTES = 400, 368_640
 SHARD = Shard(0, (0, 30), (0, 3))
 ALL = tuple(range(PAGES))
 WAIT_S = 20.0
+CLONE_NEWNET = 0x40000000
 THEIRS, OURS, NEW = 3, 5, 9
 """What pages are filled with, by whom."""
 NONE = Fault()
@@ -30,8 +32,11 @@ LAST_PAGE_STALLS = Fault("stall", every=PAGES)
 """So that a transfer can be interrupted however fast it is: it never arrives by itself."""
 
 
-def serve(wire: Connection, fault: Fault) -> None:
-    """The other process: does what it is told to its transfer, and tells every event."""
+def serve(wire: Connection, fault: Fault, apart: bool) -> None:
+    """The other process: does what it is told to its transfer, and tells every event. `apart`: in a network namespace of its own."""
+    if apart and ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET):
+        wire.send(("refused", os.strerror(ctypes.get_errno())))
+        return
     torch.set_num_threads(1)
     pages = torch.full((PAGES, PAGE_BYTES), THEIRS, dtype=torch.uint8)
     pages[:, 0] = torch.arange(PAGES) % 251
@@ -54,12 +59,14 @@ def serve(wire: Connection, fault: Fault) -> None:
 class Other:
     """The other process as seen from here."""
 
-    def __init__(self, fault: Fault = NONE) -> None:
+    def __init__(self, fault: Fault = NONE, *, apart: bool = False) -> None:
         spawn = multiprocessing.get_context("spawn")
         self.wire, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=serve, args=(theirs, fault), daemon=True)
+        self.process = spawn.Process(target=serve, args=(theirs, fault, apart), daemon=True)
         self.process.start()
         theirs.close()
+        if apart and self.wire.poll(60.0) and not self.process.is_alive():
+            pytest.skip(f"no network namespace for this user: {self.answer('refused')}")
         self.answer("ready", timeout_s=60.0)
 
     def tell(self, method: str, *arguments: Any) -> None:
@@ -147,6 +154,22 @@ def test_pages_cross_processes_whole_and_verified(here: Here, other: Other) -> N
         assert here.transfer.counts.received_bytes == grant * PAGES * PAGE_BYTES
     other.tell("counts")
     assert other.answer("counts").sent_bytes == 2 * PAGES * PAGE_BYTES
+
+
+def test_containers_with_networks_of_their_own_do_not_wait_for_a_timer(here: Here) -> None:
+    """UCX wakes a peer in shared memory through a socket that does not leave the network namespace."""
+    other = Other(apart=True)
+    try:
+        took = []
+        for grant in range(1, 5):
+            rank, began = here.expect(grant), time.monotonic()
+            _push(other, rank, grant)
+            here.next(Arrived)
+            other.answer("event")
+            took.append(time.monotonic() - began)
+    finally:
+        other.kill()
+    assert min(took[1:]) < 0.5, took
 
 
 def test_the_receiver_reads_and_says_by_what(here: Here, other: Other) -> None:
