@@ -61,7 +61,7 @@ class WorkerSettings(CommonSettings):
     memory_fraction: float = setting(0.25, "share of free memory for the pool, unless pages is given", low=0.01, high=0.95)
     page_tokens: int = setting(16, "tokens of KV in a page", low=1, high=1024)
     max_request_tokens: int | None = setting(None, "largest request, prompt and answer; default: the model's context", low=2)
-    prefix_reuse: bool = setting(False, "keep pages after their last user and share them with prompts that begin alike")
+    prefix_reuse: bool = setting(True, "keep pages after their last user and share them with prompts that begin alike")
     checksums: bool = setting(True, "verify every page that is handed over")
     policy: PolicyName = setting("prefill_first", "how a step is composed when both phases share an engine")
     max_batch: int = setting(256, "sequences in one decode step", low=1, high=4096)
