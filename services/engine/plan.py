@@ -60,12 +60,13 @@ class StepOutput:
 class Began:
     """A sequence is in a plan for the first time on this worker; `pages` are the ones it has now, in order.
 
-    `reused`: tokens whose KV was in the pool already.
+    `reused`: tokens whose KV was in the pool already. `hashes`: of its full pages, if the engine has computed them (prefix reuse).
     """
 
     key: Key
     pages: tuple[int, ...]
     reused: int = 0
+    hashes: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ class Scheduler:
             sequence.planned += chunk.tokens
             if not sequence.began:
                 sequence.began = True
-                self._outcomes.append(Began(sequence.key, tuple(sequence.pages), sequence.reused))
+                self._outcomes.append(Began(sequence.key, tuple(sequence.pages), sequence.reused, tuple(sequence.hashes)))
                 if sequence.reused:
                     self._outcomes.append(Computed(sequence.key, sequence.reused, tuple(sequence.pages)))
         self._planned += 1

@@ -35,7 +35,7 @@ def test_a_known_beginning_is_shared_and_only_the_rest_computed() -> None:
     rig.commit(plan)
     began, known, computed, drawn = rig.scheduler.take_outcomes()[-4:]
     assert isinstance(began, Began) and isinstance(drawn, Drawn)
-    assert began.reused == THREE
+    assert began.reused == THREE and began.hashes == tuple(chain_hashes("model", range(1, THREE + 3), PAGE))
     assert isinstance(known, Computed) and known.tokens == THREE and known.pages == began.pages
     assert isinstance(computed, Computed) and computed.tokens == THREE + 2
     snapshot = rig.scheduler.snapshot()
