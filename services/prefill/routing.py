@@ -61,13 +61,15 @@ class Holders:
 
 
 def choose(pair: Sequence[Incarnation], loads: Mapping[Incarnation, Load], held: Mapping[Incarnation, int], pages: int) -> Incarnation:
-    """The less loaded of `pair`; instead of it the decode that holds most of the prompt's `pages`, if it has room for the others and is
-    busier by at most one sequence or a quarter. `loads` has every candidate, `held` pages by holder."""
+    """The less loaded of `pair`; instead of it the decode that holds most of the prompt's `pages`, if it is busier by at most one sequence
+    or a quarter and has room. `loads` has every candidate, `held` pages by holder."""
     least = min(pair, key=lambda name: (loads[name].running, -loads[name].free_pages))
     bound = loads[least].running + max(1, loads[least].running // 4)
+    # Free pages count those that are only kept for their hash, so what it holds takes room as well, unless somebody uses it just now.
+    room = min(pages + 1, loads[least].free_pages)
     fit = [
         name
         for name in sorted(set(held) & set(loads))
-        if held[name] > held.get(least, 0) and loads[name].running <= bound and loads[name].free_pages > pages - held[name]
+        if held[name] > held.get(least, 0) and loads[name].running <= bound and loads[name].free_pages >= room
     ]
     return max(fit, key=lambda name: (held[name], -loads[name].running), default=least)

@@ -73,8 +73,10 @@ def test_a_holder_that_is_much_busier_is_not() -> None:
 
 
 def test_a_holder_without_room_for_the_rest_is_not() -> None:
-    assert choose(("a", "b"), {"a": Load(0, 1), "b": Load(0, 50)}, {"a": 3}, 4) == "b"
-    assert choose(("a", "b"), {"a": Load(0, 2), "b": Load(0, 50)}, {"a": 3}, 4) == "a"
+    """What it holds may be kept and used by nobody: then it is among its free pages, and taken from them."""
+    assert choose(("a", "b"), {"a": Load(0, 4), "b": Load(0, 50)}, {"a": 3}, 4) == "b"
+    assert choose(("a", "b"), {"a": Load(0, 5), "b": Load(0, 50)}, {"a": 3}, 4) == "a"
+    assert choose(("a", "b"), {"a": Load(0, 2), "b": Load(0, 2)}, {"a": 3}, 4) == "a", "no tighter than the other"
 
 
 def test_one_that_has_gone_is_not_offered_anything() -> None:
