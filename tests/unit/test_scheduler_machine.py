@@ -74,6 +74,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.granted: dict[Handoff, tuple[Sequence, Granted]] = {}
         self.lapsed: dict[Handoff, tuple[Sequence, Granted]] = {}
         self.taken_up: set[Sequence] = set()
+        self.inside: set[Known] = set()
+        """Who could be preempted by the next plan: whoever has pages before it."""
         self.named = self.arrivals = 0
 
     # -------------------------------------------------------------------------------------------------------- commands
@@ -197,6 +199,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def plan(self) -> None:
+        self.inside = {known for known in self.here.values() if self.entered(known)}
         plan = self.scheduler.next()
         outcomes = self.scheduler.take_outcomes()
         if len(self.flights) >= self.depth:
@@ -289,7 +292,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert begun.admitted or begun.planned == 0 <= reused < begun.known
                     begun.planned = max(begun.planned, reused)
                     waiting = [k.rank for k in self.here.values() if not (k.began or k.admitted)]
-                    assert begun.admitted or begun.rank == min(waiting), "an older prompt was overtaken"
+                    # One that was let in before, with what was found of it, may begin while an older one has no room yet.
+                    assert begun.admitted or begun in self.inside or begun.rank == min(waiting), "an older prompt was overtaken"
                     begun.began = True
                     fresh.add(key)
                 case Drawn(key, _, finish):
@@ -304,7 +308,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     candidates = [
                         k.rank
                         for k in self.here.values()
-                        if self.entered(k, victim) and k.sequence.key not in fresh and not (k.parked or k.sequence.reserve_all)
+                        if k in self.inside and k.sequence.key not in fresh and not (k.parked or k.sequence.reserve_all)
                     ]
                     assert victim.rank == max(candidates), "not the youngest"
                     self.leave(key)
@@ -313,9 +317,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 case Computed():
                     pass
 
-    def entered(self, known: Known, *others: Known) -> bool:
+    @staticmethod
+    def entered(known: Known) -> bool:
         """Whether it has pages, or has had them: one whose beginning was found has them before it begins."""
-        return known.began or known.admitted or len(known.sequence.pages) > 0 or known in others
+        return known.began or known.admitted or len(known.sequence.pages) > 0
 
     # ------------------------------------------------------------------------------------------------------ invariants
 
