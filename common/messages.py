@@ -298,12 +298,13 @@ class Offer(Struct, frozen=True, tag=True):
     length: int
     """Tokens whose KV will come: prompt and accepted ids."""
     hashes: list[bytes]
-    """Chain hashes of the full pages, in order."""
+    """Chain hashes of the full pages, in order, 16 bytes each: what the decode holds of them need not be sent."""
     deadline_s: float
 
 
 class Pushed(Struct, frozen=True, tag=True):
-    """All pages are on their way and the first token is drawn. `checksums[rank][page]`; empty when checksums are off."""
+    """All pages are on their way and the first token is drawn. `checksums[rank]` of the pages that were asked for, in order; empty when
+    checksums are off."""
 
     handoff: int
     grant: int
@@ -334,7 +335,7 @@ class GrantedRank(Struct, frozen=True):
 
 
 class Granted(Struct, frozen=True, tag=True):
-    """Receives are posted for these pages. `pages[i]` is the i-th page's id, equal on every rank, or -1 if it need not be sent."""
+    """Receives are posted for these pages. `pages[i]` is the i-th page's id, equal on every rank, or -1 if the decode holds it already."""
 
     handoff: int
     grant: int

@@ -64,7 +64,7 @@ class WorkerSettings(CommonSettings):
     max_request_tokens: int | None = setting(None, "largest request, prompt and answer; default: the model's context", low=2)
     kernels: Kernels = setting("auto", "native: our own for CPU cores, torch: transformers with torch; auto: the faster that runs")
     kernels_folder: str | None = setting(None, "compiled kernels, for hosts without a compiler; what is not there is compiled and cached")
-    prefix_reuse: bool = setting(False, "keep pages after their last user and share them with prompts that begin alike")
+    prefix_reuse: bool = setting(True, "keep pages after their last user and share them with prompts that begin alike")
     checksums: bool = setting(True, "verify every page that is handed over")
     policy: PolicyName = setting("prefill_first", "how a step is composed when both phases share an engine")
     max_batch: int = setting(256, "sequences in one decode step", low=1, high=4096)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -69,7 +70,7 @@ def measure(chosen: argparse.Namespace, say: Say) -> dict[str, Any]:
     workload = load(chosen.workload, chosen.context, chosen.seed, chosen.length_scale)
     say(f"workload {workload.name}: {len(workload.shapes)} requests, lengths × {workload.factor:.3g}")
     writer = Writer(model, workload, chosen.seed)
-    hardware = Hardware(model, chosen.device, chosen.dtype, chosen.pages, chosen.context, chosen.prefill, chosen.decode)
+    hardware = owned(chosen, model)
     priority = raise_own_priority()
     say(f"generator, gateways and Valkey run at priority {priority}")
     plan = planned(chosen)
@@ -83,7 +84,7 @@ def interfere(chosen: argparse.Namespace, say: Say) -> dict[str, Any]:
     model = obtain(chosen.model, say)
     load, workload = interference.Load(), interference.workload(chosen.context)
     writer = Writer(model, workload, chosen.seed)
-    hardware = Hardware(model, chosen.device, chosen.dtype, chosen.pages, chosen.context, chosen.prefill, chosen.decode)
+    hardware = owned(chosen, model)
     raise_own_priority()
     found = {}
     with running(chosen, hardware, workload, writer, planned(chosen), say) as targets:
@@ -92,6 +93,10 @@ def interfere(chosen: argparse.Namespace, say: Say) -> dict[str, Any]:
             found[target.name] = asyncio.run(interference.measure(target, writer, load, 2 * number + 1))
             say(f"{target.name}: {found[target.name]}")
     return {**about(), "load": asdict(load), "found": found}
+
+
+def owned(chosen: argparse.Namespace, model: Path) -> Hardware:
+    return Hardware(model, chosen.device, chosen.dtype, chosen.pages, chosen.context, chosen.prefill, chosen.decode, chosen.prefix_reuse)
 
 
 def planned(chosen: argparse.Namespace) -> Plan:

@@ -66,6 +66,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--context", type=int, default=2048, help="largest request, prompt and answer, in tokens [2048]")
     parser.add_argument("--pages", type=int, default=8192, help="KV pages (of 16 tokens) of a started system in all [8192]")
+    parser.add_argument(
+        "--prefix-reuse",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether started systems share what prompts begin with [no; yes for mooncake, whose prompts do]",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("goodput.json"), help="results; plots go beside it [goodput.json]")
     parser.add_argument("--replot", type=Path, metavar="FILE", help="draw an earlier run's figures again, measure nothing")
@@ -75,6 +81,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             setattr(chosen, name, value)
     if chosen.start is None:
         chosen.start = [] if chosen.url else list(KINDS)
+    if chosen.prefix_reuse is None:
+        chosen.prefix_reuse = chosen.workload == "mooncake" and not chosen.interference
     if chosen.slo is None and chosen.slo_scale is None:
         chosen.slo_scale = "3"
     try:

@@ -28,6 +28,8 @@ class Hardware:
     context_tokens: int
     prefill: int = 1
     decode: int = 1
+    prefix_reuse: bool = False
+    """Whether started systems share what prompts begin with: the same for all of them."""
 
     @property
     def devices(self) -> int:
@@ -90,7 +92,12 @@ def variants(kind: str, hardware: Hardware, budget_tokens: int | None = None) ->
 def _shape(
     hardware: Hardware, workers: int, *, prefill: int, decode: int, colocated: int = 0, flags: dict[str, str] | None = None
 ) -> Shape:
-    common = {"max_request_tokens": str(hardware.context_tokens), "pages": str(hardware.pages // workers), **(flags or {})}
+    common = {
+        "max_request_tokens": str(hardware.context_tokens),
+        "pages": str(hardware.pages // workers),
+        "prefix_reuse": str(hardware.prefix_reuse).lower(),
+        **(flags or {}),
+    }
     return Shape(
         model=hardware.model,
         prefill=prefill,

@@ -51,7 +51,7 @@ class DecodeCore:
     def outcome(self, outcome: Outcome, now: float) -> list[Action]:
         match outcome:
             case Granted():
-                return self._resolve(self.inbound.granted(outcome.handoff, outcome.pages), now)
+                return self._resolve(self.inbound.granted(outcome.handoff, outcome.pages, outcome.shared), now)
             case Began():
                 self.runs.began(outcome, now)
             case Drawn():

@@ -1,7 +1,8 @@
 """Decode's half of the handoff: stand offers in line, grant pages, judge what arrived, commit or reject. Pure: no socket, no UCX.
 
 A page is shown to the scheduler only after every one of the handoff's pages has been verified. A grant that lapses keeps its pages
-in transit until nothing can write into them any more (`landed`).
+in transit until nothing can write into them any more (`landed`). Pages whose tokens the pool holds already are neither asked for nor
+judged: they were verified or computed when they came.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from enum import Enum, auto
 from typing import TypeAlias
 
 from common.messages import Committed, Granted, Incarnation, Key, Offer, Pushed, Refused, Rejected, Token, Waiting, Withdrawn
+from services.engine.pages import HASH_BYTES
 from services.engine.plan import Handoff
 from services.engine.sequence import Sequence
 from services.transfer.protocol import Arrived, Posted
@@ -112,7 +114,10 @@ class Arrival:
     stage: Stage
     deadline: float
     grant: int = -1
+    missing: tuple[int, ...] = ()
+    """Indices of the pages that have to come."""
     pages: tuple[int, ...] = ()
+    """All that are needed, as `Granted` names them: -1 for what the pool holds already."""
     granted: Granted | None = None
     word: Pushed | None = None
     word_at: float = 0.0
@@ -150,6 +155,7 @@ class Inbound:
             return [Send(peer, Refused(offer.handoff, reason))]
         self._arrivals[handoff] = Arrival(offer, Stage.LINED_UP, now + offer.deadline_s)
         sequence = sequence_of(offer.job, offer.key, parks=False, now=now)
+        sequence.hashes = list(offer.hashes)
         return [Reserve(handoff, sequence), Send(peer, Waiting(offer.handoff))]
 
     def pushed(self, peer: Incarnation, word: Pushed, now: float) -> list[Action]:
@@ -192,16 +198,18 @@ class Inbound:
 
     # ------------------------------------------------------------------------------------ what engine and transfer say
 
-    def granted(self, handoff: Handoff, pages: tuple[int, ...]) -> list[Action]:
-        """The engine has reserved pages: those for known ids first, then room to grow."""
+    def granted(self, handoff: Handoff, pages: tuple[int, ...], shared: int = 0) -> list[Action]:
+        """The engine has reserved pages: those for known ids first, then room to grow. The first `shared` need not be sent."""
         arrival = self._arrivals.get(handoff)
         if arrival is None or arrival.stage is not Stage.LINED_UP:
             return [Land(handoff)]
         self._last_grant += 1
         needed = -(-arrival.offer.length // self._page_tokens)
-        arrival.stage, arrival.grant, arrival.pages = Stage.GRANTED, self._last_grant, pages[:needed]
+        arrival.stage, arrival.grant = Stage.GRANTED, self._last_grant
+        arrival.missing = tuple(range(shared, needed))
+        arrival.pages = (*[-1] * shared, *pages[shared:needed])
         self._by_grant[arrival.grant] = handoff
-        return [Expect(handoff, arrival.grant, arrival.pages, tuple(range(needed)))]
+        return [Expect(handoff, arrival.grant, pages[shared:needed], arrival.missing)]
 
     def posted(self, event: Posted) -> list[Action]:
         """Receives are posted: prefill may push."""
@@ -267,6 +275,9 @@ class Inbound:
     def _refusal(self, offer: Offer) -> str | None:
         if self.draining:
             return "draining"
+        most = offer.length // self._page_tokens
+        if len(offer.hashes) > most or any(len(digest) != HASH_BYTES for digest in offer.hashes):
+            return f"{len(offer.hashes)} hashes for {most} full pages, each of {HASH_BYTES} bytes"
         return unfit(offer.job, self._max_request_tokens)
 
     def _again(self, peer: Incarnation, known: Arrival) -> Action:
@@ -286,11 +297,9 @@ class Inbound:
         if word is None or arrived is None or arrival.stage is not Stage.GRANTED:
             return []
         sent = word.checksums[0] if word.checksums else []
-        wrong = [i for i, (theirs, ours) in enumerate(zip(sent, arrived.checksums, strict=False)) if theirs != ours]
-        if len(sent) != len(arrived.checksums):
-            wrong = list(range(len(arrival.pages)))
-        if wrong:
+        if tuple(sent) != arrived.checksums:
             self.rejections += 1
+            wrong = differing(arrival.missing, sent, arrived.checksums)
             return [*self._abandon(handoff, arrival), Send(handoff[0], Rejected(handoff[1], 0, wrong))]
         del self._by_grant[arrival.grant]
         arrival.stage = Stage.COMMITTED
@@ -316,3 +325,10 @@ class Inbound:
                 del self._arrivals[handoff]
             actions += self._abandon(handoff, arrival)
         return [*actions, ClosePeer(peer)]
+
+
+def differing(indices: tuple[int, ...], sent: list[int], arrived: tuple[int, ...]) -> list[int]:
+    """Indices of the pages whose checksums differ; all of them if the two sides do not speak of as many."""
+    if not len(indices) == len(sent) == len(arrived):
+        return list(indices)
+    return [index for index, theirs, ours in zip(indices, sent, arrived, strict=True) if theirs != ours]

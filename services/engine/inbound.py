@@ -4,7 +4,8 @@
                    │                  │
                  lapse              lapse ──► lapsed ──landed──► (pages free)
 
-A lapsed grant's pages stay in transit until `landed`: somebody may still be writing into them.
+A lapsed grant's pages stay in transit until `landed`: somebody may still be writing into them. What it shares goes with them, because a
+lapsed grant can be taken up again.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from collections import deque
 from dataclasses import dataclass
 
 from services.engine.pages import PagePool
-from services.engine.plan import Handoff
+from services.engine.plan import Granted, Handoff
 from services.engine.sequence import Sequence
 
 
 @dataclass(eq=False, slots=True)
 class Grant:
-    """Pages in transit for a handoff."""
+    """Pages in transit for a handoff, and those before them that the pool held already: referenced until the handoff is over."""
 
     sequence: Sequence
+    shared: tuple[int, ...]
     pages: tuple[int, ...]
     lapsed: bool = False
 
@@ -59,14 +61,18 @@ class InboundLine:
             self._line.append((handoff, sequence))
         return False
 
-    def grant(self, count: int) -> tuple[Handoff, tuple[int, ...]] | None:
-        """Reserve `count` pages for the head of the line, or None if there are not as many."""
-        pages = self._pool.reserve(count)
-        if pages is None:
+    def grant(self, count: int, known: tuple[int, ...] = ()) -> Granted | None:
+        """`count` pages for the head of the line, of which those of its known beginning are shared and the others reserved; None if there
+        are not as many."""
+        missing = count - len(known)
+        if missing + self._pool.idle(known) > self._pool.available:
             return None
+        self._pool.share(known)
+        pages = self._pool.reserve(missing)
+        assert pages is not None, "there was room for a grant"
         handoff, sequence = self._line.popleft()
-        self._grants[handoff] = Grant(sequence, pages)
-        return handoff, pages
+        self._grants[handoff] = Grant(sequence, known, pages)
+        return Granted(handoff, (*known, *pages), len(known))
 
     def admit(self, handoff: Handoff) -> tuple[Sequence, tuple[int, ...]]:
         """All of its pages are verified: they are held from now on. Raises ValueError if it has no live grant."""
@@ -75,7 +81,7 @@ class InboundLine:
             raise ValueError(f"handoff {handoff} has no live grant")
         del self._grants[handoff]
         self._pool.arrived(grant.pages)
-        return grant.sequence, grant.pages
+        return grant.sequence, (*grant.shared, *grant.pages)
 
     def lapse(self, handoff: Handoff) -> Sequence | None:
         """Give it up; the sequence that had a live grant, if any."""
@@ -92,4 +98,5 @@ class InboundLine:
         if grant is None:
             return None
         self._pool.landed(grant.pages)
+        self._pool.release(grant.shared)
         return None if grant.lapsed else grant.sequence

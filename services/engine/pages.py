@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 
 from services.engine.plan import PoolCounts
 
+HASH_BYTES = 16
+
 
 def chain_hashes(fingerprint: str, ids: Sequence[int], page_tokens: int, known: Sequence[bytes] = ()) -> list[bytes]:
     """For each full page of `ids` a 16-byte blake2b over the fingerprint and all tokens up to its end: equal hash, equal KV.
@@ -20,10 +22,10 @@ def chain_hashes(fingerprint: str, ids: Sequence[int], page_tokens: int, known: 
     `known`: those of the first pages, if they have been computed before; the others are returned behind them.
     """
     hashes = list(known)
-    chain = hashes[-1] if hashes else hashlib.blake2b(fingerprint.encode(), digest_size=16).digest()
+    chain = hashes[-1] if hashes else hashlib.blake2b(fingerprint.encode(), digest_size=HASH_BYTES).digest()
     for start in range(len(hashes) * page_tokens, len(ids) - page_tokens + 1, page_tokens):
         tokens = array("q", ids[start : start + page_tokens]).tobytes()
-        chain = hashlib.blake2b(chain + tokens, digest_size=16).digest()
+        chain = hashlib.blake2b(chain + tokens, digest_size=HASH_BYTES).digest()
         hashes.append(chain)
     return hashes
 
@@ -118,17 +120,27 @@ class PagePool:
             self._page_of[digest] = page
             self._hash_of[page] = digest
 
-    def find(self, digests: Iterable[bytes]) -> tuple[int, ...]:
-        """Pages of the longest known prefix, each with one more user: release them some time."""
+    def known(self, digests: Iterable[bytes]) -> tuple[int, ...]:
+        """Pages of the longest known prefix. Nobody uses them for that: `share` them before anything else is allocated."""
         found = []
         for digest in digests:
             page = self._page_of.get(digest)
             if page is None:
                 break
-            self._cached.pop(page, None)
-            self._users[page] += 1
             found.append(page)
         return tuple(found)
+
+    def idle(self, pages: Iterable[int]) -> int:
+        """How many of these known pages are cached: sharing them takes as many of the available ones."""
+        return sum(page in self._cached for page in pages)
+
+    def share(self, pages: Iterable[int]) -> None:
+        """One more user for each of these known pages: release them some time."""
+        for page in pages:
+            if page not in self._hash_of:
+                raise AssertionError(f"page {page} is not known by a hash")
+            self._cached.pop(page, None)
+            self._users[page] += 1
 
     # ---------------------------------------------------------------------------------------------------------- inside
 

@@ -60,12 +60,13 @@ class StepOutput:
 class Began:
     """A sequence is in a plan for the first time on this worker; `pages` are the ones it has now, in order.
 
-    `reused`: tokens whose KV was in the pool already.
+    `reused`: tokens whose KV was in the pool already. `hashes`: of its full pages, if the engine has computed them (prefix reuse).
     """
 
     key: Key
     pages: tuple[int, ...]
     reused: int = 0
+    hashes: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +89,12 @@ class Drawn:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """Pages for an inbound handoff have been reserved and are in transit from now on."""
+    """Pages for an inbound handoff have been reserved: the first `shared` of them hold what is wanted already, the others are in transit
+    from now on."""
 
     handoff: Handoff
     pages: tuple[int, ...]
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +144,6 @@ class Snapshot:
     """Handoffs in line or in transit."""
     pool: PoolCounts
     looked_up: int = 0
-    """Prompt tokens that were looked up in the pool so far (prefix reuse)."""
+    """Prompt tokens that were looked up in the pool so far (prefix reuse), those of offers included."""
     reused: int = 0
-    """Those of them that were found and not computed again."""
+    """Those of them that were found, and so not computed or not sent again."""

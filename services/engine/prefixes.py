@@ -13,14 +13,16 @@ class Prefixes:
         self._pool = pool
         self._fingerprint = fingerprint
 
-    def recall(self, sequence: Sequence) -> tuple[int, ...]:
-        """Pages of its longest known beginning, each with one more user. At least its last token is left to be computed, to draw from."""
-        if not sequence.hashes:
+    def known(self, sequence: Sequence, tokens: int) -> tuple[int, ...]:
+        """Pages of its longest known beginning, of at most so many tokens. The caller shares them."""
+        pages = tokens // self._pool.page_tokens
+        if len(sequence.hashes) < pages:
             self._hash(sequence)
-        return self._pool.find(sequence.hashes[: (len(sequence.ids) - 1) // self._pool.page_tokens])
+        return self._pool.known(sequence.hashes[:pages])
 
     def remember(self, sequence: Sequence, since: int) -> None:
-        """Pages that are full since a launch that began at token `since` and has been collected: they can be found from now on."""
+        """Pages that are full since a launch that began at token `since` and has been collected, or whose pages were verified: they can
+        be found from now on."""
         size = self._pool.page_tokens
         full = sequence.computed // size
         if len(sequence.hashes) < full:

@@ -12,7 +12,7 @@ from operator import attrgetter
 from common.messages import Key, Token
 from services.engine.inbound import InboundLine
 from services.engine.pages import PagePool
-from services.engine.plan import Began, Chunk, Computed, Drawn, Failed, Granted, Handoff, Outcome, Plan, Preempted, Snapshot, StepOutput
+from services.engine.plan import Began, Chunk, Computed, Drawn, Failed, Handoff, Outcome, Plan, Preempted, Snapshot, StepOutput
 from services.engine.policies import POLICIES, Limits, PolicyName
 from services.engine.prefixes import Prefixes
 from services.engine.run import Roster, Run, Stage, most_here
@@ -23,7 +23,7 @@ class Scheduler:
     """Continuous batching over one page pool. With `depth` 2 the next launch is planned before the last one is collected.
 
     With `reuse` (the fingerprint of what is computed) full pages can be found by their tokens, and a prompt whose beginning lies in the
-    pool shares those pages instead of computing them.
+    pool shares those pages instead of computing them, a handoff instead of having them sent.
     """
 
     def __init__(self, pool: PagePool, policy: PolicyName, limits: Limits, *, depth: int = 1, reuse: str | None = None) -> None:
@@ -81,6 +81,8 @@ class Scheduler:
         run = self._roster.accept(sequence, Stage.RUNNING)
         self._roster.give(run, pages)
         sequence.planned = sequence.computed = run.known
+        if self._prefixes is not None:
+            self._prefixes.remember(sequence, 0)
         self._fork(run)
         self._append(run, token, drawn=False)
 
@@ -121,7 +123,7 @@ class Scheduler:
             sequence.planned += chunk.tokens
             if not sequence.began:
                 sequence.began = True
-                self._outcomes.append(Began(sequence.key, tuple(sequence.pages), sequence.reused))
+                self._outcomes.append(Began(sequence.key, tuple(sequence.pages), sequence.reused, tuple(sequence.hashes)))
                 if sequence.reused:
                     self._outcomes.append(Computed(sequence.key, sequence.reused, tuple(sequence.pages)))
         self._planned += 1
@@ -242,11 +244,18 @@ class Scheduler:
         while (head := self._inbound.head) is not None and self._roster.may_enter(head):
             if waiting and waiting[0].sequence.alone and not head.alone:
                 return
-            granted = self._inbound.grant(self._first_pages(head, self._limits.growth_pages))
+            granted = self._inbound.grant(self._first_pages(head, self._limits.growth_pages), self._known(head, len(head.ids)))
             if granted is None:
                 return
+            if self._prefixes is not None:
+                self._looked_up += len(head.ids)
+                self._reused += granted.shared * self._pool.page_tokens
             self._roster.inside.add(head)
-            self._outcomes.append(Granted(*granted))
+            self._outcomes.append(granted)
+
+    def _known(self, sequence: Sequence, tokens: int) -> tuple[int, ...]:
+        """Pages of the pool that hold its first tokens, at most so many."""
+        return () if self._prefixes is None else self._prefixes.known(sequence, tokens)
 
     def _ready(self, tight: bool) -> list[Run]:
         """Prompts with their pages and, strictly in turn, those that could have theirs now; enough of them for any policy."""
@@ -260,12 +269,15 @@ class Scheduler:
         tokens = 0
         for run in roster.waiting.copy():
             places -= 1
-            pages -= self._first_pages(run.sequence, 0)
             crowded = run.sequence.alone and len(ready) > 0
-            if places < 0 or pages < 0 or tokens >= limits.budget_tokens or crowded or not roster.may_enter(run.sequence):
+            if places < 0 or tokens >= limits.budget_tokens or crowded or not roster.may_enter(run.sequence):
                 break
-            if self._prefixes is not None:
-                self._share(run, self._prefixes.recall(run.sequence))
+            known = self._known(run.sequence, run.known - 1)  # its last token is left to be computed, to draw from
+            pages -= self._first_pages(run.sequence, 0) - len(known) + self._pool.idle(known)
+            if pages < 0:
+                break
+            if known:
+                self._share(run, known)
             ready.append(run)
             tokens += min(run.lacking, limits.chunk_tokens)
             if run.sequence.alone:
@@ -276,10 +288,9 @@ class Scheduler:
     def _share(self, run: Run, found: tuple[int, ...]) -> None:
         """A prompt that may enter, and whose beginning is in the pool, gets all its first pages now: those and new ones. The caller has
         seen that there is room."""
-        if not found:
-            return
         self._looked_up += run.known
         sequence = run.sequence
+        self._pool.share(found)
         own = self._pool.allocate(self._first_pages(sequence, 0) - len(found))
         assert own is not None, "a prompt was let in without pages for it"
         self._roster.give(run, (*found, *own))
@@ -305,6 +316,7 @@ class Scheduler:
                 continue
             self._pool.retain(shared)
             roster.give(fork, (*shared, *own))
+            sequence.hashes = run.sequence.hashes[: len(shared)]
             sequence.planned = sequence.computed = len(shared) * self._pool.page_tokens
             roster.unplanned_tokens -= sequence.planned
             roster.move(fork, Stage.PREFILLING)

@@ -83,7 +83,7 @@ class PrefillCore:
         if run is None or leader(run.job).index + 1 >= run.job.max_tokens:
             return []
         ids = [*run.job.prompt, *leader(run.job).accepted]
-        hashes = chain_hashes(self._fingerprint, ids, self._page_tokens)
+        hashes = list(outcome.hashes) or chain_hashes(self._fingerprint, ids, self._page_tokens)
         return self._resolve(self.handoffs.begin(run.key, run.job, len(ids), hashes, outcome.pages, now))
 
     def _resolve(self, actions: list[handoffs.Action]) -> list[Action]:

@@ -7,7 +7,7 @@ deadline, failed push, rejected page, dead peer) ends that handoff and starts an
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -29,6 +29,7 @@ from common.messages import (
     Withdraw,
     Withdrawn,
 )
+from services.prefill.routing import Holders, Load, choose
 from services.transfer.protocol import PushFailed, Sent
 
 REPEAT_S = 0.5
@@ -100,14 +101,6 @@ class HandedOver:
 Action: TypeAlias = Send | Push | FinishPush | Flush | ResetLink | HandedOver
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What a decode's latest beat says, for choosing among two."""
-
-    running: int
-    free_pages: int
-
-
 # --------------------------------------------------------------------------------------------------------------- state
 
 
@@ -153,8 +146,10 @@ class Going:
 class Handoffs:
     """All handoffs of one prefill. `decodes` must be kept current; a dead one is told by `peer_dead`."""
 
-    def __init__(self, page_tokens: int, rng: random.Random | None = None) -> None:
+    def __init__(self, page_tokens: int, rng: random.Random | None = None, *, holders: Holders | None = None) -> None:
+        """`holders`: what was handed to whom is remembered there, and preferred; None: routed by load alone."""
         self._page_tokens = page_tokens
+        self._holders = holders
         self._rng = rng or random.Random()
         self._going: dict[Key, Going] = {}
         self._by_number: dict[int, Going] = {}
@@ -162,6 +157,8 @@ class Handoffs:
         self._decodes: Mapping[Incarnation, Load] = {}
         self._last = 0
         self.failures = 0
+        self.spared_pages = 0
+        """Pages that were not sent because the decode held them, of handoffs that it has committed."""
 
     def __len__(self) -> int:
         return len(self._going)
@@ -252,6 +249,10 @@ class Handoffs:
                 return self._elsewhere(going, now, avoid=going.rejections > 1)
             case Committed():
                 del self._going[going.key], self._by_number[handoff.number]
+                if handoff.granted is not None:
+                    self.spared_pages += handoff.granted.pages.count(-1)
+                if self._holders is not None:
+                    self._holders.handed(going.hashes, peer)
                 return [HandedOver(going.key, peer)]
 
     def peer_dead(self, peer: Incarnation, now: float) -> list[Action]:
@@ -294,7 +295,7 @@ class Handoffs:
 
     def _offer(self, going: Going, now: float, *, anywhere: bool = False) -> list[Action]:
         """Offer it to a decode that has not just failed; to one that has, only at a tick: failures must not chase each other."""
-        peer = self._choose(going.avoid, anywhere)
+        peer = self._choose(going, anywhere)
         if peer is None:
             return []
         self._last += 1
@@ -305,17 +306,21 @@ class Handoffs:
         self._by_number[self._last] = going
         return [Send(peer, offer)]
 
-    def _choose(self, avoid: Iterable[Incarnation], anywhere: bool) -> Incarnation | None:
-        """The less loaded of two decodes picked at random (the power of two choices); one to avoid only if `anywhere` will do."""
-        candidates = sorted(set(self._decodes) - set(avoid)) or sorted(self._decodes if anywhere else ())
+    def _choose(self, going: Going, anywhere: bool) -> Incarnation | None:
+        """By load and by what they hold, the load of two picked at random (the power of two choices); one to avoid only if `anywhere`
+        will do."""
+        candidates = sorted(set(self._decodes) - going.avoid) or sorted(self._decodes if anywhere else ())
         if not candidates:
             return None
         pair = self._rng.sample(candidates, min(2, len(candidates)))
-        return min(pair, key=lambda name: (self._load(name), -self._decodes[name].free_pages))
+        held = {} if self._holders is None else self._holders.held(going.hashes)
+        loads = {name: self._load(name) for name in candidates if name in pair or name in held}
+        return choose(pair, loads, held, len(self._needed(going)))
 
-    def _load(self, peer: Incarnation) -> int:
+    def _load(self, peer: Incarnation) -> Load:
         """What its beat said, and what we have sent its way meanwhile: beats are too rare to spread a burst."""
-        return self._decodes[peer].running + len(self.pursued(peer))
+        said = self._decodes[peer]
+        return Load(said.running + len(self.pursued(peer)), said.free_pages)
 
     def _push(self, going: Going, now: float) -> list[Action]:
         """Push what is final and not pushed yet; with the first token drawn, that is everything."""

@@ -9,7 +9,7 @@ from common.beats import Liveness
 from common.control import ControlClient
 from common.logs import get_logger
 from common.messages import Incarnation, Introduction, Layout, Letter, Mismatch, Offer, PeerBeat, Pushed, Shard, Withdraw, WorkerBeat
-from services.prefill.handoffs import Load
+from services.prefill.routing import Load
 
 log = get_logger(__name__)
 

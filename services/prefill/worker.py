@@ -30,6 +30,7 @@ from services.engine.plan import Computed, Outcome
 from services.prefill.core import Action, PrefillCore
 from services.prefill.handoffs import FinishPush, Flush, Handoffs, Push, ResetLink, Send
 from services.prefill.peers import Peers
+from services.prefill.routing import Holders
 from services.transfer.faults import parse
 from services.transfer.protocol import PushFailed, Sent, TransferEvent
 from services.transfer.ucx import UcxTransfer
@@ -50,7 +51,7 @@ class PrefillWorker(Worker[Action]):
         page_tokens = room.layout.page_tokens
         self._core = PrefillCore(
             self.gateways.outbox,
-            Handoffs(page_tokens),
+            Handoffs(page_tokens, holders=Holders() if settings.prefix_reuse else None),
             fingerprint=identity.fingerprint,
             page_tokens=page_tokens,
             max_request_tokens=identity.max_request_pages * page_tokens,
@@ -123,7 +124,8 @@ class PrefillWorker(Worker[Action]):
                 self._peers.reset_link(peer)
 
     def own_figures(self) -> dict[str, float]:
-        return {**transfer_figures(self._transfer.counts), "decodes": self._decodes}
+        spared = self._core.handoffs.spared_pages
+        return {**transfer_figures(self._transfer.counts), "spared_pages_total": spared, "decodes": self._decodes}
 
     def own_words(self) -> dict[str, str]:
         """What carries the pages, by UCX's own report; empty until the first have left."""

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from common.slo import Served
 from scripts.load import arrivals, plots, results
+from scripts.load.__main__ import owned
 from scripts.load.client import Record, take
 from scripts.load.curve import Curve, needed, wilson
 from scripts.load.judge import Yardstick, fixed, scales
 from scripts.load.options import parse
+from scripts.load.targets import KINDS, variants
 from scripts.load.trials import Plan, Trial
 from scripts.load.workloads import NAMED, WorkloadError, load
 
@@ -53,6 +55,25 @@ def test_a_trace_keeps_its_pattern_at_another_rate() -> None:
 def test_replayed_times_ascend_from_zero(times: list[int], seed: int) -> None:
     due = arrivals.replay([float(t) for t in times], len(times), 1.0, seed)
     assert len(due) == len(times) and due[0] == 0 and due == sorted(due)
+
+
+# ------------------------------------------------------------------------------------------------------------- systems
+
+
+@pytest.mark.parametrize(
+    ("words", "shares"),
+    [
+        ([], "false"),
+        (["--workload", "mooncake"], "true"),
+        (["--workload", "mooncake", "--no-prefix-reuse"], "false"),
+        (["--prefix-reuse"], "true"),
+        (["--interference", "--workload", "mooncake"], "false"),
+    ],
+)
+def test_no_system_shares_prefixes_unless_the_workload_does_or_it_is_asked_for(words: list[str], shares: str) -> None:
+    hardware = owned(parse(words), Path())
+    flags = [variant.shape.worker_flags for kind in KINDS for variant in variants(kind, hardware)]
+    assert {one["prefix_reuse"] for one in flags} == {shares}
 
 
 # ------------------------------------------------------------------------------------------------------------ workloads

@@ -82,7 +82,8 @@ def test_sealed_pages_are_found_as_a_prefix_and_gain_a_user() -> None:
     assert pages is not None
     pool.seal(pages[0], chain[0])
     pool.seal(pages[2], chain[2])
-    assert pool.find(chain) == pages[:1]
+    assert pool.known(chain) == pages[:1] and pool.users(pages[0]) == 1
+    pool.share(pages[:1])
     assert pool.users(pages[0]) == 2 and pool.users(pages[2]) == 1
 
 
@@ -92,7 +93,7 @@ def test_without_caching_a_hash_goes_with_its_last_user() -> None:
     assert page is not None
     pool.seal(page[0], b"hash")
     pool.release(page)
-    assert pool.find([b"hash"]) == () and pool.counts.free == 4
+    assert pool.known([b"hash"]) == () and pool.counts.free == 4
 
 
 def test_with_caching_the_end_of_the_least_recently_used_prefix_goes_first() -> None:
@@ -106,7 +107,11 @@ def test_with_caching_the_end_of_the_least_recently_used_prefix_goes_first() -> 
     pool.release(new)
     assert pool.counts.cached == 4 and pool.available == 4
     assert pool.allocate(1) == (old[1],)
-    assert pool.find([b"old0", b"old1"]) == (old[0],)
+    assert pool.known([b"old0", b"old1"]) == (old[0],) and pool.idle(old[:1] + new) == 3
+    pool.share(old[:1])
+    assert pool.counts.cached == 2 and pool.idle(old[:1] + new) == 2
+    with pytest.raises(AssertionError):
+        pool.share(old[1:])
     pool.check()
 
 
@@ -173,11 +178,13 @@ class PoolMachine(RuleBasedStateMachine):
             self.sealed.setdefault(page, digest)
 
     @rule(digests=st.lists(st.sampled_from([b"a", b"b", b"c", b"d"]), unique=True))
-    def find(self, digests: list[bytes]) -> None:
-        pages = self.pool.find(digests)
+    def share(self, digests: list[bytes]) -> None:
+        pages = self.pool.known(digests)
         where = {digest: page for page, digest in self.sealed.items()}
         known = [where.get(digest) for digest in [*digests, b"unknown"]]
         assert list(pages) == known[: known.index(None)]
+        assert self.pool.idle(pages) == sum(not self.users[page] for page in pages)
+        self.pool.share(pages)
         self.users.update(pages)
 
     @invariant()

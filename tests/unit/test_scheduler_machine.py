@@ -61,17 +61,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(sorted(POLICIES)),
         limits=st.builds(Limits, st.integers(1, 12), st.integers(1, 8), st.integers(1, 4), st.integers(0, 2)),
         depth=st.integers(1, 3),
+        reuse=st.booleans(),
     )
-    def start(self, pages: int, policy: Any, limits: Limits, depth: int) -> None:
-        self.pool = PagePool(pages, PAGE)
-        self.scheduler = Scheduler(self.pool, policy, limits, depth=depth)
+    def start(self, pages: int, policy: Any, limits: Limits, depth: int, reuse: bool) -> None:
+        self.pool = PagePool(pages, PAGE, keep_cached=reuse)
+        self.scheduler = Scheduler(self.pool, policy, limits, depth=depth, reuse="model" if reuse else None)
+        self.reuse = reuse
         self.policy, self.limits, self.depth = policy, limits, depth
         self.here: dict[Key, Known] = {}
         self.flights: list[Flight] = []
         self.line: list[tuple[Handoff, Sequence]] = []
-        self.granted: dict[Handoff, tuple[Sequence, tuple[int, ...]]] = {}
-        self.lapsed: dict[Handoff, tuple[Sequence, tuple[int, ...]]] = {}
+        self.granted: dict[Handoff, tuple[Sequence, Granted]] = {}
+        self.lapsed: dict[Handoff, tuple[Sequence, Granted]] = {}
         self.taken_up: set[Sequence] = set()
+        self.inside: set[Known] = set()
+        """Who could be preempted by the next plan: whoever has pages before it."""
         self.named = self.arrivals = 0
 
     # -------------------------------------------------------------------------------------------------------- commands
@@ -195,6 +199,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def plan(self) -> None:
+        self.inside = {known for known in self.here.values() if self.entered(known)}
         plan = self.scheduler.next()
         outcomes = self.scheduler.take_outcomes()
         if len(self.flights) >= self.depth:
@@ -272,17 +277,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         fresh: set[Key] = set()
         for outcome in outcomes:
             match outcome:
-                case Granted(handoff, pages):
+                case Granted(handoff, pages, shared):
+                    assert self.reuse or not shared
+                    assert shared * PAGE <= len(self.line[0][1].ids)
                     assert self.line[0][0] == handoff, "not first in, first out"
                     _, sequence = self.line.pop(0)
                     known, most = self.pool.pages_for(len(sequence.ids)), self.pool.pages_for(sequence.most_tokens)
                     assert len(pages) == (most if sequence.reserve_all else min(known + self.limits.growth_pages, most))
-                    self.granted[handoff] = (sequence, pages)
-                case Began(key, pages):
+                    self.granted[handoff] = (sequence, outcome)
+                case Began(key, pages, reused):
                     begun = self.here[key]
                     assert not begun.began and pages == tuple(begun.sequence.pages)
+                    assert self.reuse or not reused
+                    assert begun.admitted or begun.planned == 0 <= reused < begun.known
+                    begun.planned = max(begun.planned, reused)
                     waiting = [k.rank for k in self.here.values() if not (k.began or k.admitted)]
-                    assert begun.admitted or begun.rank == min(waiting), "an older prompt was overtaken"
+                    # One that was let in before, with what was found of it, may begin while an older one has no room yet.
+                    assert begun.admitted or begun in self.inside or begun.rank == min(waiting), "an older prompt was overtaken"
                     begun.began = True
                     fresh.add(key)
                 case Drawn(key, _, finish):
@@ -297,7 +308,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     candidates = [
                         k.rank
                         for k in self.here.values()
-                        if (k.began or k.admitted) and k.sequence.key not in fresh and not (k.parked or k.sequence.reserve_all)
+                        if k in self.inside and k.sequence.key not in fresh and not (k.parked or k.sequence.reserve_all)
                     ]
                     assert victim.rank == max(candidates), "not the youngest"
                     self.leave(key)
@@ -305,6 +316,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.leave(key)
                 case Computed():
                     pass
+
+    @staticmethod
+    def entered(known: Known) -> bool:
+        """Whether it has pages, or has had them: one whose beginning was found has them before it begins."""
+        return known.began or known.admitted or len(known.sequence.pages) > 0
 
     # ------------------------------------------------------------------------------------------------------ invariants
 
@@ -315,17 +331,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     def every_page_has_the_owners_it_should(self) -> None:
         self.pool.check()
         owners = Counter(page for known in {*self.here.values(), *self.leaving()} for page in known.sequence.pages)
+        grants = [granted for _, granted in (*self.granted.values(), *self.lapsed.values())]
+        owners.update(page for granted in grants for page in granted.pages[: granted.shared])
         assert all(self.pool.users(page) == owners[page] for page in range(self.pool.total))
-        assert max(owners.values(), default=1) == 1, "two sequences share a page: nothing is reused yet"
+        assert self.reuse or max(owners.values(), default=1) == 1, "two sequences share a page, and nothing is to be reused"
         for flight in self.flights:
             for known, pages in flight.pages:
                 assert tuple(known.sequence.pages[: len(pages)]) == pages, "a launch in flight names a page that was taken away"
-        transit = [page for _, pages in (*self.granted.values(), *self.lapsed.values()) for page in pages]
+            for chunk in flight.plan.chunks:
+                written = chunk.sequence.pages[chunk.start // PAGE : -(-(chunk.start + chunk.tokens) // PAGE)]
+                assert all(owners[page] == 1 for page in written), "a launch in flight writes a page that others hold"
+        transit = [page for granted in grants for page in granted.pages[granted.shared :]]
         assert self.pool.counts.in_transit == len(transit) == len(set(transit)) and not set(transit) & set(owners)
 
     @invariant()
     def alone_means_alone(self) -> None:
-        started = [known.sequence for known in self.here.values() if known.began or known.admitted]
+        started = [known.sequence for known in self.here.values() if self.entered(known)]
         inside = [*started, *(known.sequence for known in self.leaving()), *(sequence for sequence, _ in self.granted.values())]
         if any(sequence.alone for sequence in inside):
             # A grant taken up after a lapse comes back beside whatever has started meanwhile.
@@ -334,13 +355,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def the_snapshot_agrees(self) -> None:
         snapshot = self.scheduler.snapshot()
-        waiting = [known for known in self.here.values() if not (known.began or known.admitted)]
+        waiting = [known for known in self.here.values() if not self.entered(known)]
         parked = [known for known in self.here.values() if known.parked]
         assert snapshot.in_flight == len(self.flights)
         assert (snapshot.waiting, snapshot.parked) == (len(waiting), len(parked))
         assert snapshot.running == len(self.here) - len(waiting) - len(parked)
         assert snapshot.inbound == len(self.line) + len(self.granted) + len(self.lapsed)
-        assert snapshot.unplanned_tokens == sum(max(0, known.known - known.planned) for known in self.here.values())
+        planned = [known.planned if known.began else max(known.planned, known.sequence.planned) for known in self.here.values()]
+        assert snapshot.unplanned_tokens == sum(max(0, known.known - at) for known, at in zip(self.here.values(), planned, strict=True))
+        assert snapshot.reused <= snapshot.looked_up
         assert set(self.scheduler.keys()) == set(self.here)
 
     def teardown(self) -> None:
@@ -365,7 +388,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.land([OTHER] * len(self.flights[0].plan.chunks))
             self.every_page_has_the_owners_it_should()
         assert not (self.here or self.line or self.flights), "the engine stands still"
-        assert self.pool.counts.free == self.pool.total
+        assert self.pool.available == self.pool.total and (self.reuse or not self.pool.counts.cached)
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase

@@ -74,6 +74,7 @@ class Carrier:
         self.memory = [[0] * PAGE_TOKENS for _ in range(pages)]
         self.links: dict[str, Link] = {}
         self.pushes: dict[tuple[int, int], Pushing] = {}
+        self.failed: set[tuple[int, int]] = set()
         self._addresses = 0
 
     def _emit(self, event: TransferEvent) -> None:
@@ -86,8 +87,11 @@ class Carrier:
         if link is None:
             self._addresses += 1
             link = self.links[peer] = Link(f"{self.process.name}/{self._addresses}".encode())
-        link.grants[grant] = Receives(dict(zip(indices, pages, strict=True)), set(indices))
         self._emit(Posted(grant, GrantedRank(SHARD, link.address)))
+        if indices:
+            link.grants[grant] = Receives(dict(zip(indices, pages, strict=True)), set(indices))
+        else:
+            self._emit(Arrived(grant, ()))
 
     def abandon(self, grant: int, *, told: bool) -> None:
         for link in self.links.values():
@@ -163,10 +167,11 @@ class Carrier:
             self._settle(handoff, grant, pushing)
 
     def finish_push(self, handoff: int, grant: int) -> None:
-        pushing = self.pushes.get((handoff, grant))
-        if pushing is not None:
-            pushing.finished = True
-            self._settle(handoff, grant, pushing)
+        if (handoff, grant) in self.failed:
+            return
+        pushing = self.pushes.setdefault((handoff, grant), Pushing("", b""))  # of a grant that asked for nothing
+        pushing.finished = True
+        self._settle(handoff, grant, pushing)
 
     def _settle(self, handoff: int, grant: int, pushing: Pushing) -> None:
         if pushing.finished and not pushing.under_way:
@@ -175,6 +180,7 @@ class Carrier:
 
     def _fail(self, handoff: int, grant: int, reason: str) -> None:
         if self.pushes.pop((handoff, grant), None) is not None:
+            self.failed.add((handoff, grant))
             self._emit(PushFailed(handoff, grant, reason))
 
     def flush(self, peer: str, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:

@@ -20,8 +20,7 @@ PAGE_TOKENS = 4
 # --------------------------------------------------------------------------------------------------------------- model
 
 
-def kv_root(seed: int) -> int:
-    return (seed * 2654435761 + 97) & MASK
+KV_ROOT = 97
 
 
 def kv_next(before: int, token: int) -> int:
@@ -29,21 +28,30 @@ def kv_next(before: int, token: int) -> int:
     return (before * 6364136223846793005 + token + 1442695040888963407) & MASK
 
 
-def next_token(kv: int, choice: int = 0) -> int:
-    """Every choice draws its own."""
-    return ((kv >> 13) + 7 * choice) % VOCABULARY
+def next_token(kv: int, seed: int, choice: int = 0) -> int:
+    """Every seed and every choice draws its own, from KV that is the same for all of them."""
+    return ((kv >> 13) + 11 * seed + 7 * choice) % VOCABULARY
 
 
 def undisturbed(prompt: list[int], seed: int, max_tokens: int, stop_ids: list[int], choice: int = 0) -> list[int]:
     """What a request must bring, whatever dies on the way."""
-    kv = kv_root(seed)
+    kv = KV_ROOT
     for token in prompt:
         kv = kv_next(kv, token)
     out: list[int] = []
     while len(out) < max_tokens and (not out or out[-1] not in stop_ids):
-        out.append(next_token(kv, choice))
+        out.append(next_token(kv, seed, choice))
         kv = kv_next(kv, out[-1])
     return out
+
+
+def pages_of(ids: list[int]) -> list[list[int]]:
+    """What has to lie in each full page of these tokens."""
+    kvs, kv = [], KV_ROOT
+    for token in ids:
+        kv = kv_next(kv, token)
+        kvs.append(kv)
+    return [kvs[at : at + PAGE_TOKENS] for at in range(0, len(ids) - PAGE_TOKENS + 1, PAGE_TOKENS)]
 
 
 # --------------------------------------------------------------------------------------------------------------- clock

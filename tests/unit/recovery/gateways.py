@@ -76,6 +76,7 @@ class Gateway(Process):
         request_id = f"{self.name}-{len(self.clients)}"
         for choice in range(ask.n):
             expected = undisturbed(ask.prompt, ask.sampling.seed, ask.max_tokens, ask.stop_ids, choice)
+            self.world.learn([*ask.prompt, *expected])
             self.clients[client_name(request_id, choice)] = Client(ask, expected, self.world.now, last_at=self.world.now)
         self.do(self.ledger.open(request_id, ask, self.world.now))
         return request_id

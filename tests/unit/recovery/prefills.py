@@ -18,7 +18,8 @@ from common.queue import Claimed, Entry
 from services.engine.plan import Began, Drawn, Failed, Outcome, Preempted
 from services.prefill import handoffs
 from services.prefill.core import PrefillCore
-from services.prefill.handoffs import Handoffs, Load
+from services.prefill.handoffs import Handoffs
+from services.prefill.routing import Holders, Load
 from services.transfer.protocol import PushFailed, Sent, TransferEvent
 from services.worker.runs import Runs
 from tests.unit.recovery.carrier import SHARD
@@ -57,7 +58,7 @@ class Claimant(Worker):
 
     def wanted(self) -> int:
         snapshot = self.snapshot
-        return 0 if self.runs.unbegun or snapshot.pool.free == 0 else BUDGET_TOKENS - snapshot.unplanned_tokens
+        return 0 if self.runs.unbegun or snapshot.pool.free + snapshot.pool.cached == 0 else BUDGET_TOKENS - snapshot.unplanned_tokens
 
     def _claimed(self, claimed: Claimed) -> None:
         self._claiming = False
@@ -130,8 +131,8 @@ class Prefill(Claimant):
     def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
         super().__init__(world, name, pages, depth)
         self.core: PrefillCore = PrefillCore(
-            self.outbox, Handoffs(PAGE_TOKENS, world.rng), fingerprint=FINGERPRINT, page_tokens=PAGE_TOKENS,
-            max_request_tokens=world.max_request_tokens,
+            self.outbox, Handoffs(PAGE_TOKENS, world.rng, holders=Holders() if world.reuse else None),
+            fingerprint=FINGERPRINT, page_tokens=PAGE_TOKENS, max_request_tokens=world.max_request_tokens,
         )  # fmt: skip
         self.decodes = Liveness()
         self.links: dict[str, int] = {}

@@ -38,7 +38,8 @@ from services.engine.plan import Began
 from services.engine.plan import Granted as EngineGranted
 from services.prefill import handoffs
 from services.prefill.core import PrefillCore
-from services.prefill.handoffs import Handoffs, Load
+from services.prefill.handoffs import Handoffs
+from services.prefill.routing import Load
 from services.transfer.protocol import Arrived, Posted
 from services.worker.outbox import Outbox
 

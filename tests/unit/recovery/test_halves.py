@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import random
 
+import pytest
+from msgspec.structs import replace
+
 from common.messages import (
     Committed,
     Granted,
+    Key,
     Offer,
     PeerBeat,
     Pushed,
@@ -20,10 +24,12 @@ from common.messages import (
 )
 from common.queue import Entry
 from services.decode import inbound
+from services.decode.core import DecodeCore
 from services.engine.plan import Granted as EngineGranted
 from services.prefill import handoffs
 from services.prefill.handoffs import Handoffs
-from services.transfer.protocol import Arrived, Sent
+from services.prefill.routing import Holders
+from services.transfer.protocol import Arrived, Posted, Sent
 from services.worker.outbox import Outbox
 from services.worker.runs import Acknowledge, Runs, Stop
 from tests.unit.recovery.test_found import KEY, LOAD, RANK, arrive, decode, job, offer
@@ -89,7 +95,93 @@ def test_pages_that_differ_are_rejected_by_index() -> None:
     assert len(core.runs) == 0
 
 
+def known_beginning(core: DecodeCore, length: int = 11, shared: int = 2) -> Granted:
+    """An offer of three pages, of which the pool holds the first `shared`."""
+    core.letter("p", replace(offer(1), length=length), 0.0)
+    actions = core.outcome(EngineGranted(("p", 1), (4, 5, 6, 7), shared), 0.1)
+    assert actions == [inbound.Expect(("p", 1), 1, (4, 5, 6)[shared:], tuple(range(shared, 3)))]
+    (word,) = said(core.posted(Posted(1, RANK), 0.2))
+    assert isinstance(word, Granted)
+    return word
+
+
+def test_a_grant_names_missing_pages_only_and_is_judged_by_them() -> None:
+    core = decode()
+    assert known_beginning(core).pages == [-1, -1, 6]
+    assert core.letter("p", Pushed(1, 1, [(0, Token(0, 5))], [[9]]), 0.3) == []
+    assert Committed(1) in said(core.arrived(Arrived(1, (9,)), 0.4))
+
+
+def test_a_missing_page_that_differs_is_rejected_by_its_place_in_the_sequence() -> None:
+    core = decode()
+    known_beginning(core)
+    core.letter("p", Pushed(1, 1, [(0, Token(0, 5))], [[9]]), 0.3)
+    assert said(core.arrived(Arrived(1, (8,)), 0.4)) == [Rejected(1, 0, [2])]
+
+
+def test_nothing_missing_is_committed_when_prefill_has_said_its_word() -> None:
+    core = decode()
+    assert known_beginning(core, shared=3).pages == [-1, -1, -1]
+    assert core.arrived(Arrived(1, ()), 0.3) == []
+    assert Committed(1) in said(core.letter("p", Pushed(1, 1, [(0, Token(0, 5))], [[]]), 0.4))
+
+
+def test_checksums_of_pages_that_were_not_asked_for_are_no_agreement() -> None:
+    core = decode()
+    known_beginning(core, shared=3)
+    core.arrived(Arrived(1, ()), 0.3)
+    assert said(core.letter("p", Pushed(1, 1, [(0, Token(0, 5))], [[9]]), 0.4)) == [Rejected(1, 0, [])]
+
+
+@pytest.mark.parametrize("hashes", [[b"x" * 16, b"y" * 16], [b"short"]])
+def test_an_offer_with_other_hashes_than_its_pages_is_refused(hashes: list[bytes]) -> None:
+    core = decode()
+    (word,) = said(core.letter("p", replace(offer(1), length=7, hashes=hashes), 0.0))
+    assert isinstance(word, Refused) and "hashes" in word.reason
+
+
+def test_hashes_of_an_offer_reach_the_engine() -> None:
+    core = decode()
+    reserve, _ = core.letter("p", replace(offer(1), length=7, hashes=[b"x" * 16]), 0.0)
+    assert isinstance(reserve, inbound.Reserve) and reserve.sequence.hashes == [b"x" * 16]
+
+
 # ------------------------------------------------------------------------------------------------------------- prefill
+
+
+def test_pages_that_the_decode_holds_are_neither_pushed_nor_flushed() -> None:
+    ways = Handoffs(4, random.Random(1))
+    ways.decodes({"d": LOAD})
+    ways.begin(KEY, job(), 15, [b"1", b"2", b"3"], (3, 4, 5, 6), 0.0)
+    ways.letter("d", Granted(1, 7, [-1, -1, 8, 9], [RANK]), 0.1)
+    assert ways.computed(KEY, 8, 0.2) == []
+    assert ways.computed(KEY, 12, 0.3) == [handoffs.Push("d", RANK, 1, 7, (5,), (2,))]
+    assert ways.drop(KEY, 0.4)[1:] == [handoffs.Flush("d", RANK, 1, 7, (3,))]
+    assert ways.spared_pages == 0
+
+
+def test_a_handoff_of_which_nothing_is_missing_is_finished_by_the_first_token() -> None:
+    ways = Handoffs(4, random.Random(1))
+    ways.decodes({"d": LOAD})
+    ways.begin(KEY, job(), 8, [b"1", b"2"], (3, 4), 0.0)
+    ways.letter("d", Granted(1, 7, [-1, -1], [RANK]), 0.1)
+    assert ways.drawn(KEY, Token(0, 5), 0.2) == [handoffs.FinishPush(1, 7)]
+    (word,) = said(ways.sent(Sent(1, 7, ()), 0.3))
+    assert isinstance(word, Pushed) and word.checksums == [[]]
+    ways.letter("d", Committed(1), 0.4)
+    assert ways.spared_pages == 2
+
+
+def test_the_next_turn_is_offered_to_the_decode_that_holds_the_first() -> None:
+    other = Key("r2", 0, 1, "e")
+    for seed in range(8):
+        ways = Handoffs(4, random.Random(seed), holders=Holders())
+        ways.decodes(dict.fromkeys(("d1", "d2", "d3"), LOAD))
+        (first,) = ways.begin(KEY, job(), 8, [b"1", b"2"], (3, 4), 0.0)
+        assert isinstance(first, handoffs.Send)
+        ways.letter(first.to, Committed(1), 0.1)
+        (second,) = ways.begin(other, job(), 13, [b"1", b"2", b"3"], (5, 6, 7, 8), 0.2)
+        assert isinstance(second, handoffs.Send) and second.to == first.to
 
 
 def test_every_request_is_repeated_until_it_is_answered() -> None:

@@ -27,9 +27,10 @@ class Fleet(RuleBasedStateMachine):
         decodes=st.integers(1, 2),
         pages=st.sampled_from((12, 16, 40)),
         depth=st.integers(1, 2),
+        reuse=st.booleans(),
     )
-    def build(self, seed: int, gateways: int, decodes: int, pages: int, depth: int) -> None:
-        self.world = World(seed)
+    def build(self, seed: int, gateways: int, decodes: int, pages: int, depth: int, reuse: bool) -> None:
+        self.world = World(seed, reuse=reuse)
         self.pages, self.depth = pages, depth
         self.gateways: list[Gateway] = [self.world.gateway() for _ in range(gateways)]
         self.world.prefill(pages, depth)
@@ -46,7 +47,7 @@ class Fleet(RuleBasedStateMachine):
     )
     def ask(self, pick: int, prompt: int, max_tokens: int, seed: int, stop: bool, n: int) -> None:
         gateway = self.gateways[pick % len(self.gateways)]
-        ids = [(7 * i + prompt) % 40 for i in range(prompt)]
+        ids = [(7 * i + prompt % 3) % 40 for i in range(prompt)]
         gateway.submit(Ask(ids, Sampling(seed=seed), max_tokens, [3, 4, 5, 6] if stop else [], n=n))
 
     @rule(seconds=st.sampled_from((0.001, 0.01, 0.05, 0.3, 1.0, 3.0)))

@@ -33,7 +33,7 @@ from services.transfer.protocol import TransferEvent
 from services.worker.outbox import Outbox
 from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
 from tests.unit.recovery.carrier import Carrier
-from tests.unit.recovery.fabric import PAGE_TOKENS, Process, kv_next, kv_root, next_token
+from tests.unit.recovery.fabric import KV_ROOT, PAGE_TOKENS, Process, kv_next, next_token
 
 if TYPE_CHECKING:
     from tests.unit.recovery.world import World
@@ -69,8 +69,9 @@ class Worker(Process):
         super().__init__(name)
         self.world = world
         self.outbox = Outbox()
-        self.pool = PagePool(pages, PAGE_TOKENS)
-        self.scheduler = Scheduler(self.pool, "chunked", Limits(BUDGET_TOKENS, 8, max_batch=8, growth_pages=1), depth=depth)
+        self.pool = PagePool(pages, PAGE_TOKENS, keep_cached=world.reuse)
+        limits = Limits(BUDGET_TOKENS, 8, max_batch=8, growth_pages=1)
+        self.scheduler = Scheduler(self.pool, "chunked", limits, depth=depth, reuse=FINGERPRINT if world.reuse else None)
         self.snapshot: Snapshot = self.scheduler.snapshot()
         self.gateways = Liveness()
         self.addresses: set[str] = set()
@@ -120,6 +121,7 @@ class Worker(Process):
             self._report()
         self._report()
         self.pool.check()
+        self._check_findable()
         if self._launches and not self._computing:
             self._computing = True
             self.world.clock.after(self.world.rng.choice((0.01, 0.03, 0.1)), lambda: self.deliver("engine", self._collect))
@@ -134,19 +136,25 @@ class Worker(Process):
         self.in_launch = {chunk.sequence.key for other in self._launches for chunk in other.chunks}
         self._turn()
 
+    def _check_findable(self) -> None:
+        """What can be found by its hash is the KV of exactly those tokens: it was computed here, or verified."""
+        for page, digest in self.pool._hash_of.items():
+            assert self.carrier.memory[page] == self.world.truth[digest], f"{self.name}: page {page} is shown and not what its hash says"
+
     def _compute(self, chunk: Chunk) -> Draw | None:
         """Write the chunk's KV behind what lies in the pages, and draw from it. Every KV read must be the right one."""
         sequence = chunk.sequence
         if self.scheduler.find(sequence.key) is not sequence:
             return Draw(0)  # it has ended meanwhile: this is void
-        kv = kv_root(sequence.sampling.seed)
+        kv = KV_ROOT
         for position in range(chunk.start + chunk.tokens):
             page = self.carrier.memory[sequence.pages[position // PAGE_TOKENS]]
             kv = kv_next(kv, sequence.ids[position])
             if position >= chunk.start:
+                assert self.pool.users(sequence.pages[position // PAGE_TOKENS]) == 1, "a page is written that others read"
                 page[position % PAGE_TOKENS] = kv
             assert page[position % PAGE_TOKENS] == kv, f"{self.name}: {sequence.key} reads KV that is not its own at {position}"
-        return Draw(next_token(kv, sequence.key.choice)) if chunk.draws else None
+        return Draw(next_token(kv, sequence.sampling.seed, sequence.key.choice)) if chunk.draws else None
 
     def _report(self) -> None:
         outcomes, snapshot = self.scheduler.take_outcomes(), self.scheduler.snapshot()
@@ -291,7 +299,7 @@ class Worker(Process):
         """What must be gone when nothing runs."""
         counts = self.pool.counts
         found = {
-            "pages": counts.total - counts.free,
+            "pages": counts.total - counts.free - counts.cached,
             "outbox": len(self.outbox),
             "runs": len(self.runs),
             "scheduler": len(self.scheduler.keys()) + self.snapshot.inbound,

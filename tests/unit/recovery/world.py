@@ -2,7 +2,8 @@
 
 What must hold is asserted where it could break: clients see each index once, in order, and exactly the undisturbed tokens; one decode is
 heard per attempt; pools add up after every engine step; no write lands in a page that is not in transit for its grant; every KV read is
-the one that was computed for this very sequence. `settle` lets the weather calm down and asserts that nothing is left.
+the one that was computed for these very tokens, and so is every page that can be found by its hash. `settle` lets the weather calm
+down and asserts that nothing is left.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from common.messages import (
 )
 from common.queue import Entry
 from gateway.ask import Ask
+from services.engine.pages import chain_hashes
 from tests.unit.recovery.carrier import Carrier
 from tests.unit.recovery.decodes import Decode
-from tests.unit.recovery.fabric import Clock, Process, Streams, Weather, Wires
+from tests.unit.recovery.fabric import PAGE_TOKENS, Clock, Process, Streams, Weather, Wires, pages_of
 from tests.unit.recovery.gateways import Gateway
 from tests.unit.recovery.prefills import Colocated, Prefill
-from tests.unit.recovery.worker import Worker
+from tests.unit.recovery.worker import FINGERPRINT, Worker
 
 P = TypeVar("P", bound=Process)
 
@@ -37,7 +39,11 @@ P = TypeVar("P", bound=Process)
 class World:
     """All of it. `start` adds processes; `run` lets time pass."""
 
-    def __init__(self, seed: int = 0, *, max_request_tokens: int = 48) -> None:
+    def __init__(self, seed: int = 0, *, max_request_tokens: int = 48, reuse: bool = True) -> None:
+        self.reuse = reuse
+        """Whether workers share pages by their hashes (prefix reuse)."""
+        self.truth: dict[bytes, list[int]] = {}
+        """What lies in a page with this hash."""
         self.rng = random.Random(seed)
         self.clock = Clock()
         self.weather = Weather()
@@ -54,6 +60,10 @@ class World:
     @property
     def now(self) -> float:
         return self.clock.now
+
+    def learn(self, ids: list[int]) -> None:
+        """Tokens that somebody may compute."""
+        self.truth.update(zip(chain_hashes(FINGERPRINT, ids, PAGE_TOKENS), pages_of(ids), strict=True))
 
     # ------------------------------------------------------------------------------------------------------------- fleet
 
@@ -175,8 +185,11 @@ class World:
 
 
 def ask(rng: random.Random, *, prompt: int | None = None, max_tokens: int | None = None) -> Ask:
-    """A small request: a prompt of a few pages, a few tokens out, sometimes a stop id on the way, sometimes several answers."""
-    ids = [rng.randrange(40) for _ in range(prompt or rng.choice((1, 3, 4, 5, 8, 13, 20)))]
+    """A small request: a prompt of a few pages, mostly cut from one of three texts, sometimes with words of its own behind it; a few tokens
+    out, sometimes a stop id on the way, sometimes several answers."""
+    length = prompt or rng.choice((1, 3, 4, 5, 8, 13, 20))
+    text, common = rng.randrange(3), rng.choice((0, 4, 9, 20, 20))
+    ids = [(11 * at * (text + 1) + text) % 40 if at < common else rng.randrange(40) for at in range(length)]
     stop_ids = [rng.randrange(40)] if rng.random() < 0.3 else []
     return Ask(
         ids, Sampling(seed=rng.randrange(1000)), max_tokens or rng.choice((1, 2, 5, 12, 24)), stop_ids, n=rng.choice((1, 1, 1, 2, 4))
