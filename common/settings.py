@@ -59,7 +59,9 @@ class WorkerSettings(CommonSettings):
     dtype: DType = setting("auto", "of weights and KV; auto: the model's own")
     cores: str | None = setting(None, "CPU cores for this worker, as 0 or 0-3 or 0,2; default: all it may use")
     pages: int | None = setting(None, "pages of KV in the pool; default: from free memory", low=1)
-    memory_fraction: float = setting(0.25, "share of free memory for the pool, unless pages is given", low=0.01, high=0.95)
+    memory_fraction: float = setting(
+        0.25, "share of the memory free at start for the pool, after a reserve of 256 MiB and other workers' pools", low=0.01, high=0.95
+    )
     page_tokens: int = setting(16, "tokens of KV in a page", low=1, high=1024)
     max_request_tokens: int | None = setting(None, "largest request, prompt and answer; default: the model's context", low=2)
     kernels: Kernels = setting("auto", "native: our own for CPU cores, torch: transformers with torch; auto: the faster that runs")

@@ -28,6 +28,10 @@ PURE = {f"services/engine/{name}.py" for name in ("sequence", "plan", "pages", "
     "services/worker/outbox.py",
     "services/worker/runs.py",
     "services/worker/jobs.py",
+    "services/worker/memory.py",
+    "services/engine/bench/work.py",
+    "services/engine/bench/rounds.py",
+    "services/engine/bench/report.py",
     "services/transfer/protocol.py",
 }
 """Files that the simulator and the tests of the rules run without torch."""

@@ -83,24 +83,25 @@ def _lazy_zeros(size: int) -> Tensor:
     return torch.from_numpy(np.zeros(size, dtype=np.uint8))
 
 
-def fit_pages(layout: Layout, device: torch.device, fraction: float, needed: int) -> int:
+def fit_pages(layout: Layout, free_bytes: int, fraction: float, needed: int) -> int:
     """Pages that `fraction` of the free memory holds after the reserve, at least `needed`. Raises StartError if those do not fit."""
-    free = int(_free_bytes(device)) - RESERVE_BYTES
-    if free < needed * layout.page_bytes:
+    left = free_bytes - RESERVE_BYTES
+    if left < needed * layout.page_bytes:
         raise StartError(
-            f"{free >> 20} MiB are free for KV on {device}, one request of the largest size needs {needed * layout.page_bytes >> 20} MiB: "
-            "lower max_request_tokens"
+            f"{left >> 20} MiB are free for KV beside a reserve of {RESERVE_BYTES >> 20}, one request of the largest size needs "
+            f"{needed * layout.page_bytes >> 20} MiB: lower max_request_tokens"
         )
-    return max(needed, int(free * fraction) // layout.page_bytes)
+    return max(needed, int(left * fraction) // layout.page_bytes)
 
 
-def _free_bytes(device: torch.device) -> float:
+def free_bytes(device: torch.device) -> int:
+    """Of the device, or of the host or container as far as this process may use it. Raises StartError if nobody says."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return int(torch.cuda.mem_get_info(device)[0])
     with open("/proc/meminfo") as lines:
         for line in lines:
             if line.startswith("MemAvailable:"):
-                return min(int(line.split()[1]) << 10, _group_free_bytes(CGROUP))
+                return int(min(int(line.split()[1]) << 10, _group_free_bytes(CGROUP)))
     raise StartError("free memory cannot be read; set pages")
 
 

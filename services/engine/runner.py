@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import torch
 
-from common.messages import Key
 from services.engine.forward import Forward
-from services.engine.launch import Launch
+from services.engine.launch import Ints, Launch
 from services.engine.plan import Chunk, Draw, Plan, StepOutput
 from services.engine.sampler import Row, draw
+from services.engine.sequence import Sequence
 
 DEPTH = 4
 """Launches back from which a pending chunk may take its id."""
@@ -32,7 +31,10 @@ class Runner:
     def __init__(self, forward: Forward, page_tokens: int) -> None:
         self._forward = forward
         self._page_tokens = page_tokens
-        self._drawn: deque[dict[Key, int]] = deque(maxlen=DEPTH)
+        self._drawn: deque[dict[Sequence, int]] = deque(maxlen=DEPTH)
+        self._tables: dict[Sequence, tuple[list[int], Ints]] = {}
+        """Page ids of the last launch's sequences: the list, and the array made of it. Making them anew at each step would cost more than
+        all else that is done here."""
 
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Ticket:
@@ -46,7 +48,7 @@ class Runner:
         if drawing:
             for i, one in zip(drawing, draw(logits, [self._row(plan.chunks[i]) for i in drawing]), strict=True):
                 draws[i] = one
-        self._drawn.append({c.sequence.key: one.id for c, one in zip(plan.chunks, draws, strict=True) if one is not None})
+        self._drawn.append({c.sequence: one.id for c, one in zip(plan.chunks, draws, strict=True) if one is not None})
         return Ticket(tuple(draws))
 
     def collect(self, ticket: Ticket) -> StepOutput:
@@ -55,23 +57,29 @@ class Runner:
     def arrays(self, chunks: list[Chunk]) -> Launch:
         """Chunks packed in this order: prompts must come first, and the longer of two one-token chunks."""
         ids: list[int] = []
-        table: list[int] = []
-        rows: list[tuple[int, int, int, int]] = []
         for chunk in chunks:
-            rows.append((len(ids), chunk.tokens, chunk.start, len(table)))
-            table += chunk.sequence.pages[: (chunk.start + chunk.tokens - 1) // self._page_tokens + 1]
             ids += self._ids(chunk)
-        packed = np.asarray(rows, dtype=np.int64)
-        ends = accumulate(chunk.tokens for chunk in chunks)
+        self._tables = {chunk.sequence: self._table(chunk.sequence) for chunk in chunks}
+        tokens = np.asarray([chunk.tokens for chunk in chunks], dtype=np.int64)
+        start = np.asarray([chunk.start for chunk in chunks], dtype=np.int64)
+        ends = tokens.cumsum()
+        pages = (start + tokens - 1) // self._page_tokens + 1
         return Launch(
             ids=np.asarray(ids, dtype=np.int64),
-            positions=np.arange(len(ids)) + np.repeat(packed[:, 2] - packed[:, 0], packed[:, 1]),
-            chunks=packed,
-            table=np.asarray(table, dtype=np.int64),
-            keep=np.asarray([end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.draws], dtype=np.int64),
+            positions=np.arange(len(ids)) + np.repeat(start - ends + tokens, tokens),
+            chunks=np.stack((ends - tokens, tokens, start, pages.cumsum() - pages), 1),
+            table=np.concatenate([table[:n] for (_, table), n in zip(self._tables.values(), pages.tolist(), strict=True)]),
+            keep=ends[[chunk.draws for chunk in chunks]] - 1,
         )
 
     # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _table(self, sequence: Sequence) -> tuple[list[int], Ints]:
+        """The array is as good as new while the sequence has the same list of pages, which only ever grows."""
+        kept = self._tables.get(sequence)
+        if kept is not None and kept[0] is sequence.pages and len(kept[0]) == len(kept[1]):
+            return kept
+        return sequence.pages, np.asarray(sequence.pages, dtype=np.int64)
 
     def _ids(self, chunk: Chunk) -> list[int]:
         if chunk.pending:
@@ -80,8 +88,8 @@ class Runner:
 
     def _pending(self, chunk: Chunk) -> int:
         """What the newest launch that drew for this sequence drew."""
-        key = chunk.sequence.key
-        return next(drawn[key] for drawn in reversed(self._drawn) if key in drawn)
+        sequence = chunk.sequence
+        return next(drawn[sequence] for drawn in reversed(self._drawn) if sequence in drawn)
 
     def _row(self, chunk: Chunk) -> Row:
         """A pending id counts as output though the sequence does not have it yet."""

@@ -9,20 +9,19 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
+from msgspec import Struct
 from torch import Tensor
 
 from common.messages import Logprob, Sampling
 from services.engine.plan import Draw
 
-TOP = 1024
-"""Truncation looks at this many most likely tokens first, and at all only where that is not enough."""
+ROWS = {"cpu": 1, "cuda": 64}
+"""Rows whose distributions are computed at a time: few, so that they stay in a core's cache; many, where a launch costs more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(Struct, frozen=True):
     """What one draw depends on besides the logits."""
 
     sampling: Sampling
@@ -48,7 +47,9 @@ def draw(logits: Tensor, rows: list[Row]) -> list[Draw]:
             shape(adjusted[i], rows[i])
     chosen = adjusted.argmax(-1)
     random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
-    if random:
+    if len(random) == len(rows):
+        chosen = _pick(adjusted, rows)
+    elif random:
         chosen[random] = _pick(adjusted[random], [rows[i] for i in random])
     ids = chosen.tolist()
     logprobs = _logprobs(logits, rows, ids)
@@ -91,16 +92,17 @@ def _pick(logits: Tensor, rows: list[Row]) -> Tensor:
     """Sampled ids `[N]` of logits `[N, vocabulary]`."""
     heat = torch.tensor([row.sampling.temperature for row in rows], dtype=torch.float64, device=logits.device)
     u = torch.tensor([uniform(r.sampling.seed, r.choice, r.index) for r in rows], dtype=torch.float64, device=logits.device)
-    exact = logits.double()
-    probabilities = torch.softmax((exact - exact.amax(-1, keepdim=True)) / heat[:, None], -1)
     chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    plain = [i for i, row in enumerate(rows) if not _truncates(row.sampling)]
-    if plain:
-        chosen[plain] = invert(probabilities[plain], u[plain])
-    for i, row in enumerate(rows):
-        if _truncates(row.sampling):
-            kept, ids = truncated(probabilities[i], row.sampling)
-            chosen[i] = ids[invert(kept[None], u[i : i + 1])[0]]
+    at_a_time = ROWS[logits.device.type]
+    for first in range(0, len(rows), at_a_time):
+        part = slice(first, first + at_a_time)
+        exact = logits[part].double()
+        weights = exact.sub_(exact.amax(-1, keepdim=True)).div_(heat[part, None]).exp_()
+        chosen[part] = invert(weights, u[part])
+        for i, row in enumerate(rows[part]):
+            if _truncates(row.sampling):
+                kept, ids = truncated(weights[i], row.sampling)
+                chosen[first + i] = ids[invert(kept[None], u[first + i, None])[0]]
     return chosen
 
 
@@ -108,25 +110,20 @@ def _truncates(s: Sampling) -> bool:
     return s.top_k > 0 or s.top_p < 1 or s.min_p > 0
 
 
-def truncated(probabilities: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
-    """What top-k, then top-p, then min-p leave of one distribution `[vocabulary]`: probabilities, not normalised, and their ids.
+def truncated(weights: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
+    """What top-k, then top-p, then min-p leave of one distribution `[vocabulary]`, normalised or not: the weights and their ids.
 
     Top-p keeps the smallest set of most likely tokens whose mass, within what top-k left, reaches p (Holtzman et al., 2020). Min-p keeps
     tokens at least min_p times as likely as the likeliest. The likeliest token always stays. Equally likely tokens (frequent in bf16) count
     in the order of their ids, so that the result does not hang on how a device sorts.
     """
-    total = float(probabilities.sum())
-    least = 0.0
-    if s.top_k or probabilities.shape[0] > TOP:
-        found = probabilities.topk(min(s.top_k or TOP, probabilities.shape[0])).values
-        if s.top_k or _reaches(found, total, s):
-            least = float(found[-1])
-    ids = (probabilities >= least).nonzero()[:, 0]
-    kept, order = probabilities[ids].sort(descending=True, stable=True)
+    total = weights.sum()
+    ids = (weights >= _least(weights, total, s)).nonzero()[:, 0]
+    kept, order = weights[ids].sort(descending=True, stable=True)
     ids = ids[order]
     if s.top_k:
         kept, ids = kept[: s.top_k], ids[: s.top_k]
-        total = float(kept.sum())
+        total = kept.sum()
     keep = torch.ones_like(kept, dtype=torch.bool)
     if s.top_p < 1:
         keep &= kept.cumsum(0) - kept < s.top_p * total
@@ -136,19 +133,23 @@ def truncated(probabilities: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
     return kept[keep], ids[keep]
 
 
-def _reaches(likeliest: Tensor, total: float, s: Sampling) -> bool:
-    """Whether the likeliest tokens, in falling order, include everything that the truncation keeps."""
-    by_mass = s.top_p < 1 and float(likeliest.sum()) >= s.top_p * total
-    by_ratio = s.min_p > 0 and float(likeliest[-1]) < s.min_p * float(likeliest[0])
-    return by_mass or by_ratio
+def _least(weights: Tensor, total: Tensor, s: Sampling) -> Tensor:
+    """A weight below which truncation keeps nothing, so that a few tokens are to be sorted instead of all: the k-th largest, or half of
+    what follows for the others (half, for the sake of rounding). Tokens lighter than an equal share of the mass beyond p cannot fill it,
+    so what is before each of them reaches p."""
+    if s.top_k:
+        return weights.topk(min(s.top_k, weights.shape[0])).values[-1]
+    by_mass = (1 - s.top_p) * total / weights.shape[0]
+    return torch.maximum(by_mass, s.min_p * weights.amax()) / 2
 
 
 def invert(weights: Tensor, u: Tensor) -> Tensor:
     """Index at which the cumulative sum of each row of `weights` `[N, M]` first exceeds `u` `[N]` times its total."""
     cumulative = weights.cumsum(-1)
-    found = torch.searchsorted(cumulative, (u * cumulative[:, -1])[:, None], right=True)[:, 0]
-    last = weights.shape[1] - 1 - (weights.flip(-1) > 0).int().argmax(-1)
-    return torch.minimum(found, last)
+    total = cumulative[:, -1:]
+    found = torch.searchsorted(cumulative, u[:, None] * total, right=True)
+    # A product rounded up to the total is exceeded nowhere: then it is the last token that adds to the sum.
+    return torch.minimum(found, torch.searchsorted(cumulative, total))[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------ logprobs

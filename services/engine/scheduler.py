@@ -150,7 +150,8 @@ class Scheduler:
                 if draw is None:
                     raise ValueError(f"launch {plan.number} drew no token for {sequence.key}")
                 run.ahead -= 1
-                self._fork(run)
+                if sequence.forks:
+                    self._fork(run)
                 self._append(run, Token(chunk.index, draw.id, draw.logprob), drawn=True)
 
     def abort(self, plan: Plan, error: str) -> None:

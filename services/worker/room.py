@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -14,13 +17,14 @@ from common.logs import get_logger
 from common.messages import Identity, Layout, Shard
 from common.settings import WorkerSettings, cores
 from services.engine.calibrate import measure
-from services.engine.forward import choose
-from services.engine.model import load
+from services.engine.forward import Forward, place
+from services.engine.model import LoadedModel, load
 from services.engine.pages import PagePool
 from services.engine.policies import Limits
-from services.engine.pool import Pool, fit_pages
+from services.engine.pool import RESERVE_BYTES, Pool, fit_pages, free_bytes
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler
+from services.worker.memory import leave, notes, turn, untouched_bytes
 
 log = get_logger(__name__)
 
@@ -38,6 +42,21 @@ class Room:
     longest_step_s: float
     identity: Identity
     """What this worker would make of the fleet if it were the first."""
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the pool was sized by, in bytes; `note` keeps it known to this host's other workers."""
+
+    free_bytes: int
+    """With the weights in place and without the pool."""
+    promised_bytes: int
+    """Of those, what the pools of other workers of this host will still take."""
+    reserve_bytes: int
+    """Never given to a pool."""
+    pool_bytes: int
+    note: IO[str]
 
 
 def pin(settings: WorkerSettings) -> None:
@@ -53,31 +72,72 @@ def pin(settings: WorkerSettings) -> None:
 def build(settings: WorkerSettings) -> Room:
     """Load, allocate, measure. Raises StartError saying what does not fit."""
     where = model_files.folder(settings.model)
-    loaded = load(where, settings.device, settings.dtype, settings.page_tokens)
-    layout = loaded.layout
-    most_tokens = min(settings.max_request_tokens or loaded.context_tokens, loaded.context_tokens)
+    facts, over = _weights(where, settings)
+    layout = facts.layout
+    most_tokens = min(settings.max_request_tokens or facts.context_tokens, facts.context_tokens)
     needed = layout.pages(most_tokens)
-    pages = settings.pages or fit_pages(layout, loaded.device, settings.memory_fraction, needed)
+    pool, memory = allocate(layout, facts.device, settings, needed)
+    pages = pool.pages
     if pages < needed:
         raise StartError(f"{pages} pages, but a request of {most_tokens} tokens needs {needed}: raise pages or lower max_request_tokens")
-    pool = Pool(layout, pages, loaded.device)
-    runner = Runner(choose(loaded, pool, settings.kernels, settings.kernels_folder), layout.page_tokens)
-    budgets = measure(runner, layout.page_tokens, min(pages * layout.page_tokens, loaded.context_tokens), settings.chunk_s)
+    runner = Runner(over(pool), layout.page_tokens)
+    budgets = measure(runner, layout.page_tokens, min(pages * layout.page_tokens, facts.context_tokens), settings.chunk_s)
     limits = Limits(settings.budget_tokens or budgets.budget_tokens, budgets.chunk_tokens, settings.max_batch, settings.growth_pages)
-    identity = _identity(where, settings, layout, loaded.context_tokens, needed)
+    identity = _identity(where, settings, layout, facts.context_tokens, needed)
     reuse = identity.fingerprint if settings.prefix_reuse else None
     book = PagePool(pages, layout.page_tokens, keep_cached=settings.prefix_reuse)
     log.info("engine built", pages=pages, page_bytes=layout.page_bytes, dtype=layout.dtype, rate=round(budgets.rate), **_words(limits))
     return Room(
         layout=layout,
-        shard=loaded.shard,
+        shard=facts.shard,
         pool=pool,
         runner=runner,
         scheduler=Scheduler(book, settings.policy, limits, reuse=reuse),
         budget_tokens=limits.budget_tokens,
         longest_step_s=budgets.longest_step_s,
         identity=identity,
+        memory=memory,
     )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Of a model whose module may be gone."""
+
+    layout: Layout
+    shard: Shard
+    context_tokens: int
+    device: torch.device
+
+
+def _weights(where: Path, settings: WorkerSettings) -> tuple[Facts, Callable[[Pool], Forward]]:
+    """The weights in place, and nothing else of the model: what the loaded module leaves behind counts as free from here on."""
+    loaded: LoadedModel = load(where, settings.device, settings.dtype, settings.page_tokens)
+    facts = Facts(loaded.layout, loaded.shard, loaded.context_tokens, loaded.device)
+    return facts, place(loaded, settings.kernels, settings.kernels_folder)
+
+
+def allocate(layout: Layout, device: torch.device, settings: WorkerSettings, needed: int) -> tuple[Pool, Memory]:
+    """A pool of `memory_fraction` of the memory that is free after the reserve and after what other workers' pools will take, or of
+    `pages`. Raises StartError if not even `needed` pages fit."""
+    gc.collect()
+    folder = notes()
+    with turn(folder):
+        free = free_bytes(device)
+        promised = untouched_bytes(folder) if device.type == "cpu" else 0
+        pages = settings.pages or fit_pages(layout, free - promised, settings.memory_fraction, needed)
+        pool = Pool(layout, pages, device)
+        size = pages * layout.page_bytes
+        memory = Memory(free, promised, RESERVE_BYTES, size, leave(folder, size if device.type == "cpu" else 0))
+    log.info(
+        "pool sized",
+        free_mib=free >> 20,
+        promised_mib=promised >> 20,
+        reserve_mib=RESERVE_BYTES >> 20,
+        fraction="-" if settings.pages else settings.memory_fraction,
+        pool_mib=size >> 20,
+    )
+    return pool, memory
 
 
 def _identity(where: Path, settings: WorkerSettings, layout: Layout, context_tokens: int, max_request_pages: int) -> Identity:

@@ -263,6 +263,10 @@ class Worker(ABC, Generic[A]):
             "parked": snapshot.parked,
             "inbound": snapshot.inbound,
             "executions": len(self.gateways.outbox),
+            "pool_bytes": self.room.memory.pool_bytes,
+            "memory_free_at_start_bytes": self.room.memory.free_bytes,
+            "memory_promised_at_start_bytes": self.room.memory.promised_bytes,
+            "memory_reserve_bytes": self.room.memory.reserve_bytes,
             **self.own_figures(),
         }
 

@@ -26,7 +26,7 @@ from common.messages import Layout
 from services.engine import weights
 from services.engine.forward import choose
 from services.engine.model import load
-from services.engine.pool import Pool, _group_free_bytes, fit_pages
+from services.engine.pool import RESERVE_BYTES, Pool, _group_free_bytes, fit_pages, free_bytes
 from services.engine.runner import Runner
 from tests.unit.tiny_models import PLANS, pairs, saved
 
@@ -135,10 +135,11 @@ def test_cuda_without_a_card_is_refused(tmp_path: Path) -> None:
 
 def test_pages_from_free_memory() -> None:
     layout = Layout(30, 3, 16, 64, "bfloat16")
-    few, many = (fit_pages(layout, torch.device("cpu"), fraction, 10) for fraction in (0.001, 0.1))
-    assert 10 <= few < many
-    with pytest.raises(StartError, match="lower max_request_tokens"):
-        fit_pages(layout, torch.device("cpu"), 0.1, 1 << 40)
+    free = RESERVE_BYTES + 1000 * layout.page_bytes
+    assert [fit_pages(layout, free, fraction, 10) for fraction in (0.001, 0.1, 0.5)] == [10, 100, 500]
+    assert fit_pages(layout, free_bytes(torch.device("cpu")), 0.1, 1) > 1
+    with pytest.raises(StartError, match=r"reserve of 256, .*lower max_request_tokens"):
+        fit_pages(layout, free, 0.1, 1001)
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from services.engine.forward import choose
 from services.engine.model import LoadedModel, load
 from services.engine.native import build
 from services.engine.native.build import KINDS, Unavailable, target
-from services.engine.native.forward import NativeForward, refusal
+from services.engine.native.forward import NativeForward, NativeWeights, refusal
 from services.engine.pool import Pool
 from services.engine.runner import Runner
 from services.engine.torch_forward import TorchForward
@@ -68,7 +68,7 @@ def made(config: PreTrainedConfig, folder: Path, dtype: str) -> tuple[Any, Loade
 @pytest.mark.parametrize("kind", playable())
 def test_float32_is_eager(kind: str, config: PreTrainedConfig, tmp_path: Path) -> None:
     eager, loaded, pool = made(config, tmp_path, "float32")
-    runner = Runner(NativeForward(loaded, pool, build.library(kind)), 16)
+    runner = Runner(NativeForward(NativeWeights(loaded, build.library(kind)), pool), 16)
     for found, wanted in pairs(runner, eager, [*PLANS, *LONG], page_tokens=16, pages=120):
         torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
 
@@ -83,7 +83,7 @@ def test_bfloat16_is_as_near_as_torch(kind: str, config: PreTrainedConfig, tmp_p
         return torch.stack([found - wanted for found, wanted in pairs(Runner(forward, 16), eager, [*PLANS, *LONG], 16, 120)]).abs()
 
     eager, loaded, pool = made(config, tmp_path, "bfloat16")
-    ours = errors(NativeForward(loaded, pool, build.library(kind)))
+    ours = errors(NativeForward(NativeWeights(loaded, build.library(kind)), pool))
     pool.tensor.zero_()
     plain = errors(TorchForward(loaded, pool))
     assert ours.mean() <= 1.1 * plain.mean() and ours.max() <= 1.5 * plain.max()
@@ -100,7 +100,7 @@ def test_gates_far_from_zero(kind: str, tmp_path: Path) -> None:
             layer.mlp.down_proj.weight /= 100
     eager.save_pretrained(tmp_path)
     loaded = load(tmp_path, "cpu", "float32", 16)
-    runner = Runner(NativeForward(loaded, Pool(loaded.layout, 120, "cpu"), build.library(kind)), 16)
+    runner = Runner(NativeForward(NativeWeights(loaded, build.library(kind)), Pool(loaded.layout, 120, "cpu")), 16)
     for found, wanted in pairs(runner, eager, PLANS, page_tokens=16, pages=120):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
@@ -108,7 +108,7 @@ def test_gates_far_from_zero(kind: str, tmp_path: Path) -> None:
 @able
 def test_threads_compute_the_same(tmp_path: Path) -> None:
     eager, loaded, pool = made(CONFIGS["grouped"], tmp_path, "bfloat16")
-    forward = NativeForward(loaded, pool, build.library())
+    forward = NativeForward(NativeWeights(loaded, build.library()), pool)
     before = torch.get_num_threads()
     found = []
     try:

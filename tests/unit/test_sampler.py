@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.messages import Sampling
-from services.engine.sampler import TOP, Row, draw, truncated, uniform
+from services.engine.sampler import Row, draw, truncated, uniform
 
 
 def row(index: int = 0, ids: list[int] | None = None, prompt_tokens: int = 1, choice: int = 0, **sampling: Any) -> Row:
@@ -60,13 +60,46 @@ def test_draws_follow_the_distribution(sampling: dict[str, float], dtype: torch.
         rows = [row(index, seed=11, **sampling) for index in range(first, first + 2000)]
         for one in draw(logits.expand(2000, -1), rows):
             seen[one.id] += 1
-    assert all(expected[i] > 0 for i in range(40) if seen[i])
-    square, cells = 0.0, 0
-    for i in range(40):
-        if expected[i] * count >= 5:
-            square += (seen[i] - expected[i] * count) ** 2 / (expected[i] * count)
-            cells += 1
-    freedom = cells - 1
+    assert_follows(seen, expected)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 1.0},
+        {"temperature": 0.7},
+        {"temperature": 1.4, "top_p": 0.95},
+        {"temperature": 1.0, "top_k": 50},
+        {"temperature": 1.0, "min_p": 0.02},
+        {"temperature": 0.9, "top_k": 200, "top_p": 0.8, "min_p": 0.01},
+    ],
+    ids=str,
+)
+def test_draws_of_many_seeds_follow_the_distribution(sampling: dict[str, float]) -> None:
+    """The same over a larger vocabulary, with a new seed for each of 3,000 requests; tokens likelier than 1 in 500 each make a cell."""
+    vocabulary, count = 8_192, 3_000
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(6)) * 2
+    logits[:200] += 6  # some tokens likely, the others a long tail
+    expected = reference(logits, Sampling(**sampling))
+    large = [i for i in range(vocabulary) if expected[i] > 1 / 500]
+    cell = dict(zip(large, range(len(large)), strict=True))
+    seen = [0] * (len(large) + 1)
+    for first in range(0, count, 100):
+        for one in draw(logits.expand(100, -1), [row(seed=seed, **sampling) for seed in range(first, first + 100)]):
+            assert expected[one.id] > 0
+            seen[cell.get(one.id, len(large))] += 1
+    assert_follows(seen, [expected[i] for i in large] + [1 - sum(expected[i] for i in large)])
+
+
+def assert_follows(seen: list[int], expected: list[float]) -> None:
+    """Chi-square: how often each cell was seen against its probability, at a level of 1e-5; rare cells count as one."""
+    count = sum(seen)
+    assert all(p > 0 for p, n in zip(expected, seen, strict=True) if n)
+    common = [(n, p * count) for n, p in zip(seen, expected, strict=True) if p * count >= 5]
+    rare = (count - sum(n for n, _ in common), count - sum(due for _, due in common))
+    cells = [*common, rare] if rare[1] >= 5 else common
+    square = sum((n - due) ** 2 / due for n, due in cells)
+    freedom = len(cells) - 1
     # Wilson and Hilferty's approximation of the chi-square quantile; 4.27 standard deviations are 1e-5
     limit = freedom * (1 - 2 / (9 * freedom) + 4.27 * math.sqrt(2 / (9 * freedom))) ** 3
     assert square < limit, (square, limit)
@@ -74,8 +107,8 @@ def test_draws_follow_the_distribution(sampling: dict[str, float], dtype: torch.
 
 @given(
     seed=st.integers(0, 10_000),
-    vocabulary=st.sampled_from([1, 2, 17, TOP, TOP + 1, 4000]),
-    top_k=st.sampled_from([0, 1, 3, 50, TOP, 5000]),
+    vocabulary=st.sampled_from([1, 2, 17, 1024, 4000]),
+    top_k=st.sampled_from([0, 1, 3, 50, 1024, 5000]),
     top_p=st.sampled_from([0.0, 0.1, 0.5, 0.95, 0.9999, 1.0]),
     min_p=st.sampled_from([0.0, 1e-6, 0.1, 1.0]),
     sharp=st.sampled_from([0.01, 1.0, 8.0]),
@@ -110,6 +143,34 @@ def test_the_draw_does_not_depend_on_the_batch() -> None:
     assert together == [draw(logits[i : i + 1], rows[i : i + 1])[0].id for i in range(12)]
     backwards = draw(logits.flip(0), rows[::-1])
     assert together == [one.id for one in backwards][::-1]
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.02}, {"logit_bias": {3: 1.0}, "top_p": 0.99}], ids=str)
+def test_a_row_draws_the_same_in_any_company(sampling: dict[str, Any]) -> None:
+    """Alone, and in batches whose other rows are greedy, random, truncated or penalised, at any place."""
+    logits = torch.randn(9, 3001, generator=torch.Generator().manual_seed(12)) * 2
+    mine = [row(index, seed=5, temperature=1.1, **sampling) for index in range(60)]
+    alone = [draw(logits[:1], [one])[0].id for one in mine]
+    assert len(set(alone)) > 20
+    others: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"top_k": 7}, {"top_p": 0.5, "seed": 5}, {"repetition_penalty": 1.5}]
+    for size in (2, 5, 9):
+        for index, one in enumerate(mine):
+            place = index % size
+            rows = [row(index, ids=[1, 2, 3], **others[(index + i) % len(others)]) for i in range(size)]
+            rows[place] = one
+            batch = logits[torch.arange(size).roll(place)]
+            assert draw(batch, rows)[place].id == alone[index]
+
+
+def test_random_numbers_of_one_request_are_independent() -> None:
+    """Chi-square over pairs: of neighbouring indices, of neighbouring choices, of neighbouring seeds."""
+    for other in ((0, 0, 1), (0, 1, 0), (1, 0, 0)):
+        seen = [0] * 64
+        for index in range(6400):
+            seed, choice = index % 80, index // 80 % 4
+            first, second = uniform(seed, choice, index), uniform(seed + other[0], choice + other[1], index + other[2])
+            seen[int(first * 8) * 8 + int(second * 8)] += 1
+        assert_follows(seen, [1 / 64] * 64)
 
 
 def test_random_numbers_are_fixed_for_ever() -> None:

@@ -23,4 +23,11 @@ def test_a_command_can_be_imported(module: str) -> None:
 
 
 def test_the_commands_are_found() -> None:
-    assert {"scripts.launcher", "scripts.load", "scripts.trials.chaos", "scripts.trials.handoff", "services.transfer.bench"} <= MODULES
+    assert {
+        "scripts.launcher",
+        "scripts.load",
+        "scripts.trials.chaos",
+        "scripts.trials.engine",
+        "scripts.trials.handoff",
+        "services.transfer.bench",
+    } <= MODULES

@@ -9,6 +9,7 @@
 #include <omp.h>
 #endif
 #include "attention.h"
+#include "ceilings.h"
 
 namespace baton {
 
@@ -237,4 +238,16 @@ void baton_pack(const uint32_t* from, int64_t rows, int64_t lanes, uint32_t* to)
     for (int64_t n = 0; n < (rows + 31) / 32 * 32; ++n)
         for (int64_t k = 0; k < lanes; ++k) to[n / 32 * lanes * 32 + k * 32 + n % 32] = n < rows ? from[n * lanes + k] : 0;
 }
+
+// For the benchmark. `inner` is a multiple of 32; behind `rows` of activations there is room for 16 more.
+void baton_gemm(int64_t bf16, const void* activations, const uint32_t* weights, int64_t rows, int64_t columns, int64_t inner, int64_t threads,
+                void* out) {
+#ifdef __AMX_BF16__
+    if (bf16) return baton::bare_gemm<baton::Amx>(activations, weights, rows, columns, inner, threads, out);
+#endif
+    if (bf16) return baton::bare_gemm<baton::Bf16>(activations, weights, rows, columns, inner, threads, out);
+    baton::bare_gemm<baton::Float>(activations, weights, rows, columns, inner, threads, out);
+}
+
+float baton_read(const float* from, int64_t count, int64_t threads) { return baton::read_all(from, count, threads); }
 }

@@ -51,19 +51,13 @@ def refusal(loaded: LoadedModel, page_tokens: int) -> str | None:
 
 
 class NativeForward:
-    """Packed weights of one model, over one pool. Keeps nothing of the module but its token embedding."""
+    """One model's packed weights over one pool."""
 
-    def __init__(self, loaded: LoadedModel, pool: Pool, path: Path) -> None:
-        """Raises Unavailable if the library cannot be loaded."""
-        try:
-            self._library = library.functions(path)
-        except OSError as error:
-            raise Unavailable(f"the compiled kernels cannot be loaded: {error}") from error
+    def __init__(self, weights: NativeWeights, pool: Pool) -> None:
+        self._weights = weights
+        self._library = weights.library
         self._pool = pool
-        self._kept: list[Any] = []
-        self._dtype = loaded.dtype
-        self._vocabulary = loaded.vocabulary
-        self._model = self._describe(loaded)
+        self._vocabulary = weights.vocabulary
         self._space = ctypes.c_void_p(self._library.baton_workspace())
         weakref.finalize(self, self._library.baton_release, self._space)
 
@@ -84,8 +78,23 @@ class NativeForward:
             pool=self._pool.tensor.data_ptr(),
             page_tokens=self._pool.layout.page_tokens,
         )
-        self._library.baton_forward(ctypes.byref(self._model), ctypes.byref(given), self._space)
+        self._library.baton_forward(ctypes.byref(self._weights.model), ctypes.byref(given), self._space)
         return logits[:, : self._vocabulary]
+
+
+class NativeWeights:
+    """Packed weights of one model. Keeps nothing of the module but its token embedding."""
+
+    def __init__(self, loaded: LoadedModel, path: Path) -> None:
+        """Raises Unavailable if the library cannot be loaded."""
+        try:
+            self.library = library.functions(path)
+        except OSError as error:
+            raise Unavailable(f"the compiled kernels cannot be loaded: {error}") from error
+        self.vocabulary = loaded.vocabulary
+        self._kept: list[Any] = []
+        self._dtype = loaded.dtype
+        self.model = self._describe(loaded)
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
@@ -138,7 +147,7 @@ class NativeForward:
         weight = weight.detach().contiguous()
         rows, lanes = weight.shape[0], weight.shape[1] * weight.element_size() // 4
         packed: NDArray[np.uint32] = np.empty(-(-rows // COLUMNS) * COLUMNS * lanes, dtype=np.uint32)
-        self._library.baton_pack(weight.data_ptr(), rows, lanes, packed.ctypes.data)
+        self.library.baton_pack(weight.data_ptr(), rows, lanes, packed.ctypes.data)
         self._kept.append(packed)
         return packed.ctypes.data
 

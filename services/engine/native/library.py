@@ -1,4 +1,4 @@
-"""The compiled kernels as Python sees them: the structs of forward.cpp, field by field, and four functions."""
+"""The compiled kernels as Python sees them: the structs of forward.cpp, field by field, and its functions."""
 
 from __future__ import annotations
 
@@ -44,4 +44,8 @@ def functions(path: Path) -> ctypes.CDLL:
     found.baton_forward.restype = None
     found.baton_pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p]
     found.baton_pack.restype = None
+    found.baton_gemm.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p]
+    found.baton_gemm.restype = None
+    found.baton_read.argtypes = [c_void_p, c_int64, c_int64]
+    found.baton_read.restype = c_float
     return found

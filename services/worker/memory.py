@@ -1,0 +1,88 @@
+"""Host memory that pools have been given and have not touched yet: workers of one host that start together must not count it twice.
+
+A pool on a CPU costs memory only once its pages are written, so that a new worker sees as free what its neighbours will need. Each
+worker therefore leaves a note with the size of its pool, in a file that it holds locked while it lives (the kernel unlocks it, however
+the worker ends), and takes the notes of living neighbours off what it finds free. On CUDA the pool is real at once: taking turns is
+enough. Containers without a common /dev/shm do not see each other's notes; they have limits of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from common.logs import get_logger
+
+log = get_logger(__name__)
+
+TURN_S = 20.0
+"""Longest wait for a neighbour that is just measuring; a stopped one must not hold up the host."""
+LOOK_S = 0.02
+PATTERN = "pool-*"
+
+
+def notes() -> Path:
+    """Where this host's workers of this user leave their notes."""
+    shared = Path("/dev/shm")
+    return (shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())) / f"baton-memory-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def turn(folder: Path) -> Iterator[None]:
+    """One worker of the host at a time, from measuring what is free until its note is written."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(folder / "turn", "w") as file:
+        deadline = time.monotonic() + TURN_S
+        while not _locked(file):
+            if time.monotonic() > deadline:
+                log.warning("another worker of this host has been measuring memory for too long: going on without it")
+                break
+            time.sleep(LOOK_S)  # a lock of the file system has no event, and a blocking call no deadline
+        yield
+
+
+def leave(folder: Path, pool_bytes: int) -> IO[str]:
+    """The note of this process: keep the file open as long as the pool is there."""
+    file = tempfile.NamedTemporaryFile("w+", dir=folder, prefix="pool-", delete=False)  # noqa: SIM115
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(f"{os.getpid()} {pool_bytes} {_resident_bytes(os.getpid())}")
+    file.flush()
+    return file
+
+
+def untouched_bytes(folder: Path) -> int:
+    """What living workers' pools may still take, by their notes; notes of dead ones are removed."""
+    total = 0
+    for path in folder.glob(PATTERN):
+        try:
+            with open(path) as file:
+                if _locked(file):
+                    path.unlink(missing_ok=True)
+                    continue
+                pid, pool, before = (int(word) for word in file.read().split())
+        except (OSError, ValueError):
+            continue
+        total += max(0, pool - max(0, _resident_bytes(pid) - before))
+    return total
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _resident_bytes(pid: int) -> int:
+    """Of a process in the same PID namespace; 0 where it cannot be seen, as if it had touched nothing yet."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0

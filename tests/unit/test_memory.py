@@ -1,0 +1,72 @@
+"""Workers that start together on one host do not count the same memory twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.messages import Layout
+from common.settings import WorkerSettings
+from services.worker import memory, room
+
+LAYOUT = Layout(30, 3, 16, 64, "bfloat16")
+MIB = 1 << 20
+HOLDER = """
+import sys, time
+from pathlib import Path
+from services.worker.memory import leave
+note = leave(Path(sys.argv[1]), 1 << 30)
+print("ready", flush=True)
+block = bytearray(int(sys.argv[2])) if int(sys.argv[2]) else None
+print("touched", flush=True)
+sys.stdin.read()
+"""
+
+
+def holder(folder: Path, touched_bytes: int) -> subprocess.Popen[str]:
+    """Another process that has left a note of 1 GiB and written to some of it."""
+    command = [sys.executable, "-c", HOLDER, str(folder), str(touched_bytes)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    assert process.stdout is not None
+    assert [process.stdout.readline().strip() for _ in range(2)] == ["ready", "touched"]
+    return process
+
+
+def test_what_a_neighbour_will_take_counts_until_it_is_taken_or_the_neighbour_dies(tmp_path: Path) -> None:
+    assert memory.untouched_bytes(tmp_path) == 0
+    with holder(tmp_path, 0) as idle, holder(tmp_path, 300 * MIB) as busy:
+        assert memory.untouched_bytes(tmp_path) == pytest.approx(2048 * MIB - 300 * MIB, abs=30 * MIB)
+        busy.kill()
+        busy.wait()
+        assert memory.untouched_bytes(tmp_path) == pytest.approx(1024 * MIB, abs=30 * MIB)
+        assert len(list(tmp_path.glob(memory.PATTERN))) == 1
+        idle.kill()
+    assert memory.untouched_bytes(tmp_path) == 0 and not list(tmp_path.glob(memory.PATTERN))
+
+
+def test_pools_of_workers_that_start_together_fit_beside_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes half of what the ones before it have left, in whatever order their turns come."""
+    free = 1024 * LAYOUT.page_bytes
+    monkeypatch.setattr(room, "RESERVE_BYTES", 0)
+    monkeypatch.setattr("services.engine.pool.RESERVE_BYTES", 0)
+    monkeypatch.setattr(room, "free_bytes", lambda device: free)
+    monkeypatch.setattr(room, "notes", lambda: tmp_path)
+    monkeypatch.setattr(memory, "_resident_bytes", lambda pid: 0)
+    settings = WorkerSettings(memory_fraction=0.5)
+    with ThreadPoolExecutor(3) as threads:
+        taken = list(threads.map(lambda _: room.allocate(LAYOUT, torch.device("cpu"), settings, 1), range(3)))
+    assert sorted(pool.pages for pool, _ in taken) == [128, 256, 512]
+    for _, found in taken:
+        assert found.free_bytes == free and found.pool_bytes <= (free - found.promised_bytes) / 2
+        found.note.close()
+
+
+def test_a_worker_that_hangs_while_it_measures_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "TURN_S", 0.1)
+    with memory.turn(tmp_path), memory.turn(tmp_path):
+        pass
