@@ -29,6 +29,7 @@ from common.messages import (
     Withdraw,
     Withdrawn,
 )
+from services.engine.binding import less_loaded
 from services.transfer.protocol import PushFailed, Sent
 
 REPEAT_S = 0.5
@@ -310,8 +311,7 @@ class Handoffs:
         candidates = sorted(set(self._decodes) - set(avoid)) or sorted(self._decodes if anywhere else ())
         if not candidates:
             return None
-        pair = self._rng.sample(candidates, min(2, len(candidates)))
-        return min(pair, key=lambda name: (self._load(name), -self._decodes[name].free_pages))
+        return less_loaded(candidates, lambda name: (self._load(name), -self._decodes[name].free_pages), self._rng)
 
     def _load(self, peer: Incarnation) -> int:
         """What its beat said, and what we have sent its way meanwhile: beats are too rare to spread a burst."""
