@@ -21,7 +21,6 @@ from services.planner import paper, profile
 from services.planner.candidates import Cluster
 from services.planner.costs import Costs
 from services.planner.goodput import curve
-from services.planner.placement import Disaggregated
 from services.planner.planner import PlanError, plan
 from services.planner.profile import ProfileError
 
@@ -67,8 +66,8 @@ def search(chosen: argparse.Namespace, say: Progress) -> dict[str, Any]:
     where = answer.chosen.where
     command = f"./scripts/plan {shlex.join(sys.argv[1:])}".strip()
     words = [show.sentence(answer, chosen.rate)]
-    if chosen.profile in reproduce.PLACEMENTS and isinstance(where, Disaggregated):
-        words.append(f"The paper found {reproduce.PLACEMENTS[chosen.profile]}.")
+    if chosen.profile in reproduce.PLACEMENTS:
+        words.append(f"The paper found, for ShareGPT: {reproduce.PLACEMENTS[chosen.profile]}.")
     text, cannot = compose.override(where, command)  # type: ignore[arg-type]
     words += [one[0].upper() + one[1:] + "." for one in cannot]
     print("\n".join(words), file=sys.stderr, flush=True)

@@ -71,10 +71,8 @@ def brief(one: Rated | None) -> dict[str, Any] | None:
     if one is None:
         return None
     where = one.where
-    parts = {"workers": str(where)} if isinstance(where, Colocated) else {}
     return {
         "placement": str(where),
-        **parts,
         "gpus": where.devices,
         "goodput": round(one.goodput, 4),
         "low": round(one.low, 4),

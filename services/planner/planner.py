@@ -22,6 +22,8 @@ SEEDS = (1, 2, 3, 4)
 RESOLUTION, FINAL_RESOLUTION = 1.08, 1.03
 BUDGETS = (512, 1024, 256)
 """Tokens in a launch that `chunked` is tried with."""
+BETTER = 1.03
+"""Times the goodput of the best so far that a further placement must reach to be searched: many promise the same."""
 NEAR = 0.8
 """Of the best colocated worker's goodput per device, what one of another degree must reach to be looked at."""
 JOINT_SHARE = 0.85
@@ -144,7 +146,7 @@ class Search:
         return prefills, decodes
 
     def apart(self, algorithm: Algorithm, prefills: dict[Parallel, Rated], decodes: dict[Parallel, Rated]) -> list[Rated]:
-        """Simulate the most promising pairs jointly; one that misses at the best so far is given up after that trial."""
+        """Simulate the most promising pairs jointly; one that misses a little above the best so far is given up after that trial."""
         phases = [{p: one.goodput for p, one in phase.items() if one.goodput} for phase in (prefills, decodes)]
         promises = list(candidates.pairs(self._cluster, algorithm, *phases))
         promises.sort(key=lambda pair: (self._merit(pair[0], pair[1].devices), -pair[1].devices), reverse=True)
@@ -202,7 +204,7 @@ class Search:
         return sorted(again, key=self.merit, reverse=True)
 
     def _challenge(self, where: Placement, guess: float, best: Rated | None) -> Rated | None:
-        if best is not None and self._rate is None and not reaches(self._costs, where, self._wanted, best.goodput):
+        if best is not None and self._rate is None and not reaches(self._costs, where, self._wanted, BETTER * best.goodput):
             self._say(f"                  less   {where}")
             return None
         return self._rate_one(where, guess if best is None else max(guess, best.goodput))

@@ -80,7 +80,7 @@ def test_nothing_to_choose_from_is_said() -> None:
 
 def test_a_mix_follows_the_work() -> None:
     """Prompts that take long and answers that are short: more prefills than decodes."""
-    where = found(machine(32768), want(0.6, 0.016, prompt=1000, output=10), 3).best_disaggregated
+    where = found(machine(32768, page_s=1e-5), want(0.6, 0.016, prompt=1000, output=10), 3).best_disaggregated
     assert where is not None and where.where == Disaggregated(Group(ONE, 2), Group(ONE, 1))
 
 
