@@ -117,7 +117,7 @@ def test_from_a_profile_to_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert script.main() == 0
     out, err = capsys.readouterr()
     result = json.loads(out.splitlines()[-1])
-    assert result == {**json.loads(stem.with_suffix(".json").read_text()), "cpu_s": result["cpu_s"]}
+    assert result == json.loads(stem.with_suffix(".json").read_text())
     assert result["chosen"]["placement"] in stem.with_suffix(".yml").read_text()
     assert result["chosen"]["low"] <= result["chosen"]["goodput"] <= result["chosen"]["high"]
     assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
