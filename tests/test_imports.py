@@ -17,10 +17,14 @@ MAY_IMPORT = {
     "services.prefill": {"services.worker", "services.transfer", "services.engine", "common"},
     "services.decode": {"services.worker", "services.transfer", "services.engine", "common"},
     "services.colocated": {"services.worker", "services.transfer", "services.engine", "common"},
+    "services.planner": {"services.engine", "common"},
 }
 """Each room of the house and the rooms it may import; itself always."""
 HEAVY = {"torch", "transformers", "ucxx"}
-PURE = {f"services/engine/{name}.py" for name in ("sequence", "plan", "pages", "policies", "run", "inbound", "scheduler", "engine")} | {
+PURE = {
+    f"services/engine/{name}.py"
+    for name in ("sequence", "plan", "pages", "policies", "run", "inbound", "scheduler", "engine", "prefixes", "binding", "budgets")
+} | {
     "services/prefill/core.py",
     "services/prefill/handoffs.py",
     "services/decode/core.py",
@@ -78,11 +82,17 @@ def test_imports_follow_the_table(path: Path) -> None:
 
 @pytest.mark.parametrize("path", product(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_light_rooms_stay_light(path: Path) -> None:
-    """common and gateway run without torch; the pure files neither need it."""
+    """common, gateway and planner run without torch; the pure files neither need it."""
     name = str(path.relative_to(ROOT))
-    if room(path) in ("common", "gateway") or name in PURE:
+    if room(path) in ("common", "gateway", "services.planner") or name in PURE:
         heavy = {module.split(".")[0] for module in imported(path)} & (HEAVY - TEXT_ONLY.get(name, set()))
         assert not heavy, f"{name} imports {heavy}"
+
+
+@pytest.mark.parametrize("path", [path for path in product() if room(path) == "services.planner"], ids=lambda path: path.stem)
+def test_the_planner_sees_only_the_engine_s_pure_files(path: Path) -> None:
+    engine = {name for name in imported(path) if name.startswith("services.engine.")}
+    assert {"/".join(name.split(".")[:3]) + ".py" for name in engine} <= PURE
 
 
 def test_pure_files_exist() -> None:

@@ -12,6 +12,7 @@ from common.messages import Identity, Key, Role
 from common.queue import Claimed
 from common.service import Service
 from common.settings import WorkerSettings
+from services.engine.binding import colocated_wants
 from services.engine.plan import Began, Computed, Drawn, Failed, Granted, Outcome, Preempted
 from services.worker.claims import Claims
 from services.worker.room import Room
@@ -68,12 +69,7 @@ class ColocatedWorker(Worker[Action]):
         ]
 
     def _wanted_tokens(self) -> int:
-        """Room for new prompts in the next launch, while there are pages and places in the batch."""
-        snapshot = self.snapshot
-        full = snapshot.pool.free + snapshot.pool.cached == 0 or snapshot.running >= self.settings.max_batch
-        if self._runs.unbegun or full:
-            return 0
-        return self.room.budget_tokens - snapshot.unplanned_tokens
+        return colocated_wants(self.snapshot, self._runs.unbegun, self.room.budget_tokens, self.settings.max_batch)
 
     def _claimed(self, batch: list[Claimed]) -> None:
         now = time.monotonic()

@@ -6,13 +6,11 @@ import time
 from dataclasses import dataclass
 
 from common.messages import Key, Sampling
+from services.engine.budgets import LENGTHS, chunk_within, saturating
 from services.engine.plan import Chunk, Plan
 from services.engine.runner import Runner
 from services.engine.sequence import Sequence
 
-LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-NEAR_BEST = 0.9
-"""A length saturates the device if its rate is this close to the best seen."""
 BUDGET_S = 2.0
 """The measurement stops growing once it has taken this long."""
 LONGEST_STEP_S = 15.0
@@ -43,9 +41,7 @@ def measure(runner: Runner, page_tokens: int, most_tokens: int, chunk_s: float) 
             _time(runner, length, page_tokens)
         rates[length] = length / _time(runner, length, page_tokens)
     best = max(rates.values())
-    budget = next(length for length, rate in rates.items() if rate >= NEAR_BEST * best)
-    chunk = max(page_tokens, int(best * chunk_s * NEAR_BEST) // page_tokens * page_tokens)
-    return Budgets(budget, chunk, max(LONGEST_STEP_S, SLACK * chunk_s), best)
+    return Budgets(saturating(rates), chunk_within(chunk_s, best, page_tokens), max(LONGEST_STEP_S, SLACK * chunk_s), best)
 
 
 def _time(runner: Runner, length: int, page_tokens: int) -> float:

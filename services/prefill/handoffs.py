@@ -29,6 +29,7 @@ from common.messages import (
     Withdraw,
     Withdrawn,
 )
+from services.engine.binding import less_loaded
 from services.prefill.routing import Holders, Load, choose
 from services.transfer.protocol import PushFailed, Sent
 
@@ -312,10 +313,10 @@ class Handoffs:
         candidates = sorted(set(self._decodes) - going.avoid) or sorted(self._decodes if anywhere else ())
         if not candidates:
             return None
-        pair = self._rng.sample(candidates, min(2, len(candidates)))
         held = {} if self._holders is None else self._holders.held(going.hashes)
-        loads = {name: self._load(name) for name in candidates if name in pair or name in held}
-        return choose(pair, loads, held, len(self._needed(going)))
+        loads = {name: self._load(name) for name in candidates}
+        least = less_loaded(candidates, lambda name: (loads[name].running, -loads[name].free_pages), self._rng)
+        return choose(least, loads, held, len(self._needed(going)))
 
     def _load(self, peer: Incarnation) -> Load:
         """What its beat said, and what we have sent its way meanwhile: beats are too rare to spread a burst."""

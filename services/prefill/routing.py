@@ -60,10 +60,9 @@ class Holders:
         return found
 
 
-def choose(pair: Sequence[Incarnation], loads: Mapping[Incarnation, Load], held: Mapping[Incarnation, int], pages: int) -> Incarnation:
-    """The less loaded of `pair`; instead of it the decode that holds most of the prompt's `pages`, if it is busier by at most one sequence
-    or a quarter and has room. `loads` has every candidate, `held` pages by holder."""
-    least = min(pair, key=lambda name: (loads[name].running, -loads[name].free_pages))
+def choose(least: Incarnation, loads: Mapping[Incarnation, Load], held: Mapping[Incarnation, int], pages: int) -> Incarnation:
+    """`least`, the less loaded of two; instead of it the decode that holds most of the prompt's `pages`, if it is busier by at most one
+    sequence or a quarter and has room. `loads` has every candidate, `held` pages by holder."""
     bound = loads[least].running + max(1, loads[least].running // 4)
     # Free pages count those that are only kept for their hash, so what it holds takes room as well, unless somebody uses it just now.
     room = min(pages + 1, loads[least].free_pages)

@@ -26,6 +26,7 @@ from common.messages import (
 from common.queue import Claimed
 from common.service import Service
 from common.settings import WorkerSettings
+from services.engine.binding import prefill_wants
 from services.engine.plan import Computed, Outcome
 from services.prefill.core import Action, PrefillCore
 from services.prefill.handoffs import FinishPush, Flush, Handoffs, Push, ResetLink, Send
@@ -138,14 +139,7 @@ class PrefillWorker(Worker[Action]):
     # ---------------------------------------------------------------------------------------------------------- inside
 
     def _wanted_tokens(self) -> int:
-        """Room for new prompts in the next launch. While one is under way and nothing is left to plan behind it, an idle prefill
-        elsewhere is the better place for a new job."""
-        snapshot = self.snapshot
-        if self.runs.unbegun or snapshot.pool.free + snapshot.pool.cached == 0:
-            return 0
-        if snapshot.in_flight and not snapshot.unplanned_tokens:
-            return 0
-        return self.room.budget_tokens - snapshot.unplanned_tokens
+        return prefill_wants(self.snapshot, self.runs.unbegun, self.room.budget_tokens)
 
     def _claimed(self, batch: list[Claimed]) -> None:
         now = time.monotonic()

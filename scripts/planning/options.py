@@ -1,0 +1,61 @@
+"""The words of `./scripts/plan`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.slo import Objectives
+from scripts.launcher.__main__ import Parser
+from scripts.load.judge import fixed
+from scripts.load.workloads import NAMED
+from services.planner import paper
+
+ABOUT = """Which workers to start, and how many: prefill and decode apart, or colocated, for the most requests per second and device that
+meet both objectives. It simulates the workers' own scheduler with the times of a profile, and starts nothing."""
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, checked; ends with one line and 2 for a bad one. `slo` becomes `Objectives`."""
+    parser = Parser(prog="./scripts/plan", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--profile",
+        default="distserve-a100-opt-13b",
+        metavar="FILE|NAME",
+        help=f"measured launches (services/planner/profile.py has the format), or DistServe's: {', '.join(paper.NAMED)} [%(default)s]",
+    )
+    parser.add_argument("--gpus", type=int, default=8, help="devices in all [8]")
+    parser.add_argument("--nodes", type=int, default=1, help="hosts that they are spread over evenly [1]")
+    parser.add_argument(
+        "--workload", default="chatbot", help=f"{', '.join(NAMED)}, or a CSV with input_tokens, output_tokens[, arrival_s] [chatbot]"
+    )
+    parser.add_argument(
+        "--slo", default="0.25,0.1", metavar="TTFT,TPOT", help="objectives in seconds, or a named set of the paper [0.25,0.1]"
+    )
+    parser.add_argument("--share", type=float, default=0.9, help="of the requests that must meet both [0.9]")
+    parser.add_argument("--rate", type=float, help="requests/s to reach on as few devices as possible [the most that all can do]")
+    parser.add_argument("--cv", type=float, default=1.0, help="of the gaps between arrivals: 1 Poisson; a trace brings its own [1]")
+    parser.add_argument("--context", type=int, default=2048, help="largest request, prompt and answer, in tokens [2048]")
+    parser.add_argument("--length-scale", type=float, help="multiply all lengths by this instead of fitting them to the context")
+    parser.add_argument(
+        "--algorithm", type=int, choices=(1, 2), help="DistServe's: 1 workers anywhere, 2 handoffs inside a node [by the network]"
+    )
+    parser.add_argument("--one-gpu-workers", action="store_true", help="only what workers can do today: one GPU each")
+    parser.add_argument("--no-curve", action="store_true", help="leave the plot out")
+    parser.add_argument("--paper", action="store_true", help="instead: DistServe's motivating case and ratios, ours beside the paper's")
+    parser.add_argument("--out", type=Path, default=Path("plan"), metavar="STEM", help="writes STEM.json, STEM.png and STEM.yml [plan]")
+    chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        yardstick = fixed(chosen.slo)
+    except ValueError as error:
+        parser.error(str(error))
+    chosen.slo = Objectives(yardstick.ttft[0][1], yardstick.tpot_s)
+    if chosen.gpus < 1 or chosen.nodes < 1 or chosen.gpus % chosen.nodes:
+        parser.error("--gpus must be a multiple of --nodes, both above 0")
+    if not 0 < chosen.share < 1 or chosen.cv < 0 or chosen.context < 3:
+        parser.error("--share must lie between 0 and 1, --cv not below 0, --context above 2")
+    if min(one for one in (chosen.rate, chosen.length_scale, 1.0) if one is not None) <= 0:
+        parser.error("--rate and --length-scale must be above 0")
+    return chosen

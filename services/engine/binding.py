@@ -1,0 +1,37 @@
+"""Late binding: how much of the queue a worker wants now, and which decode an offer goes to. Pure; workers and simulator ask alike."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+from typing import TypeVar
+
+from services.engine.plan import Snapshot
+
+T = TypeVar("T")
+
+
+def prefill_wants(snapshot: Snapshot, unbegun: int, budget_tokens: int) -> int:
+    """Prompt tokens that a prefill would take from the queue; 0 or less: none. `unbegun`: claimed and in no launch yet.
+
+    While a launch is under way and nothing is left to plan behind it, an idle prefill elsewhere is the better place for a new job.
+    """
+    if unbegun or snapshot.pool.free + snapshot.pool.cached == 0:
+        return 0
+    if snapshot.in_flight and not snapshot.unplanned_tokens:
+        return 0
+    return budget_tokens - snapshot.unplanned_tokens
+
+
+def colocated_wants(snapshot: Snapshot, unbegun: int, budget_tokens: int, max_batch: int) -> int:
+    """The same for a worker of both phases: room in the next launch, while there are pages and places in the batch."""
+    full = snapshot.pool.free + snapshot.pool.cached == 0 or snapshot.running >= max_batch
+    if unbegun or full:
+        return 0
+    return budget_tokens - snapshot.unplanned_tokens
+
+
+def less_loaded(candidates: Many[T], load: Callable[[T], tuple[int, int]], rng: random.Random) -> T:
+    """The less loaded of two picked at random: the power of two choices (Mitzenmacher, 2001)."""
+    return min(rng.sample(candidates, min(2, len(candidates))), key=load)
