@@ -16,6 +16,7 @@ from torch import Tensor
 
 from common.errors import StartError
 from common.messages import Layout
+from services.engine import huge
 
 CGROUP = Path("/sys/fs/cgroup")
 RESERVE_BYTES = 256 << 20
@@ -32,7 +33,7 @@ class Pool:
         dtype = getattr(torch, layout.dtype)
         try:
             if torch.device(device).type == "cpu":
-                self.tensor = _lazy_zeros(pages * layout.page_bytes).view(dtype).view(shape)
+                self.tensor = huge.zeros(pages * layout.page_bytes).view(dtype).view(shape)
             else:
                 self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         except (RuntimeError, MemoryError) as error:
@@ -75,12 +76,6 @@ class Pool:
         """Zeros into these pages: what a former owner left there, or a broken transfer, might be no number at all."""
         if pages:
             self.tensor[pages] = 0
-
-
-def _lazy_zeros(size: int) -> Tensor:
-    """uint8 zeros that cost memory only once they are touched. numpy asks the kernel for zeroed pages (torch would write them), and for
-    huge ones, which the transfer's reads from another process need for their speed."""
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8))
 
 
 def fit_pages(layout: Layout, free_bytes: int, fraction: float, needed: int) -> int:

@@ -388,7 +388,8 @@ void prefill(const uint32_t* keys, const uint32_t* values, long start, long firs
             for (long r = 0; r < more; ++r) {
                 float* scores = block.scores.data() + r * KEYS;
                 const long at = strip + r;
-                for (long k = std::max(0l, start + first + at / group + 1 - t); k < KEYS; ++k) scores[k] = NONE;
+                if (t + KEYS > start + first)  // some of these keys may come later than the query
+                    for (long k = std::max(0l, start + first + at / group + 1 - t); k < KEYS; ++k) scores[k] = NONE;
                 weigh_row<E>(scores, weights + r * KEYS, block.top[at], block.total.data() + at * W, block.out.data() + at * dim, dim);
             }
             values_of<E>(more, block.weights.data(), values + t / E::step * dim, dim, block.out.data() + strip * dim);

@@ -4,7 +4,11 @@
 // Called by services/engine/native/forward.py, which has the same structs.
 #include <cmath>
 #include <cstdlib>
+#include <new>
 #include <vector>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -40,14 +44,32 @@ struct Launch {
     int64_t page_tokens;
 };
 
-struct Workspace {  // grows to the largest launch, then stays
-    std::vector<char> memory[7];
+struct Workspace {  // grows to the largest launch, then stays; in huge pages
+    struct Piece {
+        char* at = nullptr;
+        size_t size = 0;
+    } pieces[7];
+
+    Workspace() = default;
+    Workspace(const Workspace&) = delete;
+    ~Workspace() {
+        for (Piece& piece : pieces) std::free(piece.at);
+    }
 
     template <class T>
     T* take(int which, long count) {
-        auto& m = memory[which];
-        if (m.size() < count * sizeof(T) + 64) m.resize(count * sizeof(T) * 5 / 4 + 64);
-        return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(m.data()) + 63) / 64 * 64);
+        constexpr size_t huge = 2 << 20;
+        Piece& piece = pieces[which];
+        if (piece.size < count * sizeof(T)) {
+            std::free(piece.at);
+            piece.size = (count * sizeof(T) * 5 / 4 + huge - 1) / huge * huge;
+            piece.at = static_cast<char*>(std::aligned_alloc(huge, piece.size));
+#ifdef MADV_HUGEPAGE
+            if (piece.at) madvise(piece.at, piece.size, MADV_HUGEPAGE);
+#endif
+            if (!piece.at) throw std::bad_alloc();
+        }
+        return reinterpret_cast<T*>(piece.at);
     }
 };
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from services.engine import huge
 from services.engine.launch import Launch
 from services.engine.model import LoadedModel
 from services.engine.native import library
@@ -58,12 +58,13 @@ class NativeForward:
         self._library = weights.library
         self._pool = pool
         self._vocabulary = weights.vocabulary
+        self._logits = torch.empty(0)
         self._space = ctypes.c_void_p(self._library.baton_workspace())
         weakref.finalize(self, self._library.baton_release, self._space)
 
     def __call__(self, launch: Launch) -> Tensor:
-        """Logits of the launch's `keep` rows, float32 `[draws, vocabulary]`."""
-        logits = torch.empty(len(launch.keep), -(-self._vocabulary // COLUMNS) * COLUMNS)
+        """Logits of the launch's `keep` rows, float32 `[draws, vocabulary]`: good until the next launch."""
+        logits = self._room(len(launch.keep))
         given = library.Launch(
             tokens=len(launch.ids),
             chunks=len(launch.chunks),
@@ -80,6 +81,14 @@ class NativeForward:
         )
         self._library.baton_forward(ctypes.byref(self._weights.model), ctypes.byref(given), self._space)
         return logits[:, : self._vocabulary]
+
+    def _room(self, draws: int) -> Tensor:
+        """float32 `[draws, vocabulary]`, padded to whole panels: the same memory at every launch, since touching new pages costs more than
+        writing the logits."""
+        width = -(-self._vocabulary // COLUMNS) * COLUMNS
+        if self._logits.numel() < draws * width:
+            self._logits = huge.zeros(4 * draws * width).view(torch.float32)
+        return self._logits[: draws * width].view(draws, width)
 
 
 class NativeWeights:
@@ -119,7 +128,7 @@ class NativeWeights:
             layer=layers,
             final_norm=self._floats(body.norm.weight),
             embedding=self._keep(body.embed_tokens.weight.detach().contiguous()),
-            head=self._packed(module.lm_head.weight),
+            head=self._packed(module.lm_head.weight)[0],
             cos=self._keep(cos),
             sin=self._keep(sin),
         )
@@ -130,26 +139,32 @@ class NativeWeights:
         biases = [_bias(part) for part in inputs]
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         gate, up = (part.weight.detach().unflatten(0, (-1, HALF)) for part in (mlp.gate_proj, mlp.up_proj))
+        qkv, o, gate_up, down = self._packed(
+            torch.cat([part.weight.detach() for part in inputs]),
+            attention.o_proj.weight,
+            torch.stack((gate, up), 1).flatten(0, 2),
+            mlp.down_proj.weight,
+        )
         return library.Layer(
             input_norm=self._floats(layer.input_layernorm.weight),
             q_norm=None if norms[0] is None else self._floats(norms[0].weight),
             k_norm=None if norms[1] is None else self._floats(norms[1].weight),
             output_norm=self._floats(layer.post_attention_layernorm.weight),
             bias=None if biases[0] is None else self._floats(torch.cat([bias for bias in biases if bias is not None])),
-            qkv=self._packed(torch.cat([part.weight.detach() for part in inputs])),
-            o=self._packed(attention.o_proj.weight),
-            gate_up=self._packed(torch.stack((gate, up), 1).flatten(0, 2)),
-            down=self._packed(mlp.down_proj.weight),
+            qkv=qkv,
+            o=o,
+            gate_up=gate_up,
+            down=down,
         )
 
-    def _packed(self, weight: Tensor) -> int:
-        """`[N, K]` into panels; numpy asks for huge pages, which reading them once a step is faster from."""
-        weight = weight.detach().contiguous()
-        rows, lanes = weight.shape[0], weight.shape[1] * weight.element_size() // 4
-        packed: NDArray[np.uint32] = np.empty(-(-rows // COLUMNS) * COLUMNS * lanes, dtype=np.uint32)
-        self.library.baton_pack(weight.data_ptr(), rows, lanes, packed.ctypes.data)
-        self._kept.append(packed)
-        return packed.ctypes.data
+    def _packed(self, *weights: Tensor) -> list[int]:
+        """Each `[N, K]` into panels; where they lie, one behind the other."""
+        lanes = [weight.shape[1] * weight.element_size() // 4 for weight in weights]
+        sizes = [-(-weight.shape[0] // COLUMNS) * COLUMNS * depth * 4 for weight, depth in zip(weights, lanes, strict=True)]
+        places = list(accumulate(sizes, initial=self._keep(huge.zeros(sum(sizes)))))
+        for weight, depth, place in zip(weights, lanes, places, strict=False):
+            self.library.baton_pack(weight.detach().contiguous().data_ptr(), weight.shape[0], depth, place)
+        return places[:-1]
 
     def _floats(self, values: Tensor) -> int:
         """In float32, zeros behind the last one up to a whole panel."""
