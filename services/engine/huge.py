@@ -12,9 +12,9 @@ PAGE_BYTES = 2 << 20
 def zeros(size: int) -> Tensor:
     """uint8 `[size]` that costs memory only where it is touched. Raises MemoryError.
 
-    numpy asks the kernel for pages that are zero already (torch would write them), and for huge ones from 4 MiB on. They spare the processor
-    most look-ups of addresses, and reads ahead do not stop at every 4 KiB. Without the alignment numpy's memory begins 16 bytes into a
-    cache line, so that every vector and every row of a tile lies across two of them.
+    numpy asks the kernel for pages that are zero already (torch would write them), and for huge ones from 4 MiB on, which spare most
+    look-ups of addresses, let reads run ahead further than 4 KiB, and are what the transfer's reads from another process need for their
+    speed. Not aligned, numpy's memory begins 16 bytes into a cache line: every vector and every row of a tile would lie across two.
     """
     raw = np.zeros(size + PAGE_BYTES, dtype=np.uint8)
     skip = -raw.ctypes.data % PAGE_BYTES
