@@ -12,6 +12,7 @@ from common.settings import Kernels
 from services.engine.calibrate import measure
 from services.engine.forward import choose
 from services.engine.model import LoadedModel, load
+from services.engine.native import build
 from services.engine.plan import Chunk, Plan
 from services.engine.pool import Pool
 from services.engine.runner import Runner
@@ -33,7 +34,10 @@ def pool(loaded: LoadedModel) -> Pool:
     return Pool(loaded.layout, PAGES, "cpu")
 
 
-@pytest.fixture(params=["torch", "native"])
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(build.compiler() is None, reason="no compiler"))
+
+
+@pytest.fixture(params=["torch", NATIVE])
 def runner(loaded: LoadedModel, pool: Pool, request: pytest.FixtureRequest) -> Runner:
     pool.tensor.fill_(float("nan"))
     return Runner(choose(loaded, pool, request.param), 16)
@@ -162,7 +166,7 @@ def test_launches_without_draws_and_without_anything(runner: Runner) -> None:
     assert runner.collect(runner.launch(Plan(1, ()))).draws == ()
 
 
-@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize("kernels", ["torch", NATIVE])
 def test_bf16_draws_what_float32_holds_for_nearly_best(kernels: Kernels, smollm2: Path) -> None:
     """Every greedy token's logit in float32, given the same tokens before it, lies within EPSILON of the largest."""
     epsilon = 0.5
