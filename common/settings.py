@@ -69,6 +69,9 @@ class WorkerSettings(CommonSettings):
     prefix_reuse: bool = setting(True, "keep pages after their last user and share them with prompts that begin alike")
     checksums: bool = setting(True, "verify every page that is handed over")
     policy: PolicyName = setting("prefill_first", "how a step is composed when both phases share an engine")
+    short_tokens: int = setting(
+        4, "answers of up to so many tokens are written where their prompt was read; 0: every answer is handed over", low=0, high=1024
+    )
     max_batch: int = setting(256, "sequences in one decode step", low=1, high=4096)
     growth_pages: int = setting(2, "pages a granted handoff reserves beyond what is sent", low=0, high=1024)
     budget_tokens: int | None = setting(None, "prompt tokens in one launch; default: measured at start", low=1)

@@ -1,4 +1,5 @@
-"""Late binding: how much of the queue a worker wants now, and which decode an offer goes to. Pure; workers and simulator ask alike."""
+"""Late binding: how much of the queue a worker wants now, what a prefill keeps, and which decode an offer goes to. Pure; workers and
+simulator ask alike."""
 
 from __future__ import annotations
 
@@ -30,6 +31,12 @@ def colocated_wants(snapshot: Snapshot, unbegun: int, budget_tokens: int, max_ba
     if unbegun or full:
         return 0
     return budget_tokens - snapshot.unplanned_tokens
+
+
+def stays(left_tokens: int, choices: int, short_tokens: int) -> bool:
+    """Whether a prefill writes the answer itself. A handoff lengthens one gap between tokens, and an answer of few tokens has no others to
+    make up for it. Answers with further choices go: those share the prompt's pages on the decode."""
+    return choices == 1 and left_tokens <= short_tokens
 
 
 def less_loaded(candidates: Many[T], load: Callable[[T], tuple[int, int]], rng: random.Random) -> T:

@@ -2,7 +2,8 @@
 
 `prefill_first`: prompts come first, and running sequences wait while there are any (vLLM's original policy; the best TTFT, and the
 interference that this project is about). `chunked`: every running sequence gets its token, prompts fill the rest of the budget
-(Sarathi-Serve, OSDI 2024). On a worker with one phase only, both do the same.
+(Sarathi-Serve, OSDI 2024). `decode_first`: running sequences go on until none is left, prompts wait; for a prefill, where only answers
+of a few tokens run. On a worker with one phase only, all do the same.
 
 A policy sees numbers: the tokens that each ready prompt lacks, first come first served, and how many sequences could draw one more.
 Whether there are pages is the scheduler's business: it shows only prompts that have theirs or could have them now.
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-PolicyName = Literal["prefill_first", "chunked"]
+PolicyName = Literal["prefill_first", "chunked", "decode_first"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,4 +82,9 @@ def chunked(lacking: Sequence[int], running: int, limits: Limits) -> Share:
     return Share(decodes, tuple(prefill))
 
 
-POLICIES: dict[PolicyName, Policy] = {"prefill_first": prefill_first, "chunked": chunked}
+def decode_first(lacking: Sequence[int], running: int, limits: Limits) -> Share:
+    """No prompt stalls a running sequence; each waits until all have ended."""
+    return Share(min(running, limits.max_batch), ()) if running else prefill_first(lacking, running, limits)
+
+
+POLICIES: dict[PolicyName, Policy] = {"prefill_first": prefill_first, "chunked": chunked, "decode_first": decode_first}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from common.messages import Key, Token
-from services.engine.binding import less_loaded, prefill_wants
+from services.engine.binding import less_loaded, prefill_wants, stays
 from services.engine.plan import Began, Computed, Drawn, Granted, Handoff, Outcome, Preempted
 from services.engine.sequence import Sequence
 from services.planner.agenda import Agenda
@@ -73,17 +73,22 @@ class Apart(System):
         self._going: dict[Handoff, Going] = {}
         self._handoff_of: dict[Key, Handoff] = {}
         self.transfer_busy_s = 0.0
-        group, self._across = (where.group, False) if isinstance(where, PrefillOnly) else (where.prefill, where.across_nodes)
-        self.workers = [Worker(agenda, costs, group.parallel, self.claim, self._prefilled) for _ in range(group.replicas)]
+        self._across, self._short_tokens = False, 0
         self.decodes: Decodes | None = None
+        group = where.group if isinstance(where, PrefillOnly) else where.prefill
+        self.workers = [Worker(agenda, costs, group.parallel, self.claim, self._prefilled, "decode_first") for _ in range(group.replicas)]
         if isinstance(where, Disaggregated):
+            self._across, self._short_tokens = where.across_nodes, where.short_tokens
             self.decodes = Decodes(agenda, costs, where.decode, random.Random(seed), self._decoded)
 
     def wants(self, lane: Lane) -> int:
         return prefill_wants(lane.scheduler.snapshot(), lane.unbegun, lane.budget_tokens)
 
     def execution(self, request: Request) -> Sequence:
-        return request.sequence(parks=True)
+        return request.sequence(parks=not self._stays(request))
+
+    def _stays(self, request: Request) -> bool:
+        return stays(request.output_tokens - request.drawn, 1, self._short_tokens)
 
     def _prefilled(self, lane: Lane, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
@@ -97,16 +102,18 @@ class Apart(System):
                         self._final(handoff, outcome.tokens // self._costs.page_tokens)
                 case Drawn():
                     self.drawn(lane, outcome)
-                    if outcome.finish is None:
-                        handoff = self._handoff_of[outcome.key]
+                    handoff = self._handoff_of.get(outcome.key)
+                    if handoff is not None:
                         self._final(handoff, self._going[handoff].pages)
+                case Preempted():
+                    self.resume(self.preempt(lane, outcome))
                 case _:
                     raise AssertionError(f"on a prefill: {outcome}")
 
     def _began(self, lane: Lane, outcome: Began) -> None:
-        """Offer at once, so that the grant is there before the first page is final; a request of one token never leaves."""
+        """Offer at once, so that the grant is there before the first page is final; short answers stay."""
         request, sequence = lane.carried[outcome.key]
-        if request.drawn + 1 >= request.output_tokens:
+        if not sequence.parks or request.drawn + 1 >= request.output_tokens:
             return
         assert self.decodes is not None, "a request of many tokens, and prefills only"
         try:

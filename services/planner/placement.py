@@ -33,6 +33,8 @@ class Disaggregated:
     units: int = 1
     across_nodes: bool = False
     """Handoffs cross the network between nodes."""
+    short_tokens: int = 4
+    """Answers that prefills write themselves: the workers' default."""
 
     @property
     def devices(self) -> int:

@@ -24,8 +24,10 @@ Action: TypeAlias = (
 class PrefillCore:
     """One prefill's executions and handoffs."""
 
-    def __init__(self, outbox: Outbox, ways: Handoffs, *, fingerprint: str, page_tokens: int, max_request_tokens: int) -> None:
-        self.runs = Runs(outbox, max_request_tokens, parks=True)
+    def __init__(
+        self, outbox: Outbox, ways: Handoffs, *, fingerprint: str, page_tokens: int, max_request_tokens: int, short_tokens: int
+    ) -> None:
+        self.runs = Runs(outbox, max_request_tokens, parks=True, short_tokens=short_tokens)
         self.handoffs = ways
         self._fingerprint = fingerprint
         self._page_tokens = page_tokens
@@ -78,9 +80,9 @@ class PrefillCore:
         return [*actions, *self.runs.drain()]
 
     def _began(self, outcome: Began, now: float) -> list[Action]:
-        """Offer at once, so that the grant is there before the first page is final; a request of one token never leaves."""
+        """Offer at once, so that the grant is there before the first page is final. Short answers stay."""
         run = self.runs.began(outcome, now)
-        if run is None or leader(run.job).index + 1 >= run.job.max_tokens:
+        if run is None or not run.parks or leader(run.job).index + 1 >= run.job.max_tokens:
             return []
         ids = [*run.job.prompt, *leader(run.job).accepted]
         hashes = list(outcome.hashes) or chain_hashes(self._fingerprint, ids, self._page_tokens)

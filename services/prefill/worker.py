@@ -56,6 +56,7 @@ class PrefillWorker(Worker[Action]):
             fingerprint=identity.fingerprint,
             page_tokens=page_tokens,
             max_request_tokens=identity.max_request_pages * page_tokens,
+            short_tokens=settings.short_tokens,
         )
         self._transfer = UcxTransfer(
             room.pool.bytes, room.shard, self._transferred, checksums=settings.checksums, fault=parse(settings.fault)

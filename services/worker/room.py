@@ -14,7 +14,7 @@ import torch
 from common import model_files
 from common.errors import StartError
 from common.logs import get_logger
-from common.messages import Identity, Layout, Shard
+from common.messages import Identity, Layout, Role, Shard
 from common.settings import WorkerSettings, cores
 from services.engine.calibrate import measure
 from services.engine.forward import Forward, place
@@ -69,7 +69,7 @@ def pin(settings: WorkerSettings) -> None:
     torch.set_num_threads(len(wanted))
 
 
-def build(settings: WorkerSettings) -> Room:
+def build(settings: WorkerSettings, role: Role) -> Room:
     """Load, allocate, measure. Raises StartError saying what does not fit."""
     where = model_files.folder(settings.model)
     facts, over = _weights(where, settings)
@@ -92,7 +92,7 @@ def build(settings: WorkerSettings) -> Room:
         shard=facts.shard,
         pool=pool,
         runner=runner,
-        scheduler=Scheduler(book, settings.policy, limits, reuse=reuse),
+        scheduler=Scheduler(book, "decode_first" if role == "prefill" else settings.policy, limits, reuse=reuse),
         budget_tokens=limits.budget_tokens,
         longest_step_s=budgets.longest_step_s,
         identity=identity,

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from common.messages import Finished, Handed, Incarnation, Job, Key, Lost, LostReason, Token
 from common.queue import Entry
+from services.engine.binding import stays
 from services.engine.plan import Began, Drawn, Failed, Preempted
 from services.engine.sequence import Sequence
 from services.worker.jobs import claim_key, forked, leader, sequence_of, unfit
@@ -56,6 +57,8 @@ class Run:
     key: Key
     job: Job
     entry: Entry | None
+    parks: bool
+    """It leaves after its first token here."""
     phase_at: float
     """Start of its present phase on this worker: claim or commit, then the first launch, then (colocated) the first token."""
     began: bool = False
@@ -67,10 +70,12 @@ class Run:
 class Runs:
     """Executions by key, and the outbox that speaks of them."""
 
-    def __init__(self, outbox: Outbox, max_request_tokens: int, *, parks: bool) -> None:
+    def __init__(self, outbox: Outbox, max_request_tokens: int, *, parks: bool, short_tokens: int = 0) -> None:
+        """`parks`: answers go elsewhere after their first token, but for those of no more than `short_tokens` more."""
         self.outbox = outbox
         self._max_request_tokens = max_request_tokens
         self._parks = parks
+        self._short_tokens = short_tokens
         self._runs: dict[Key, Run] = {}
 
     def __len__(self) -> int:
@@ -93,7 +98,9 @@ class Runs:
     def claimed(self, entry: Entry, job: Job, now: float) -> list[Action]:
         """A job from the queue: into the engine, unless it cannot be run at all."""
         key = claim_key(job)
-        run = self._runs[key] = Run(key, job, entry, now)
+        left = job.max_tokens - leader(job).index
+        parks = self._parks and not stays(left, len(job.choices), self._short_tokens)
+        run = self._runs[key] = Run(key, job, entry, parks, now)
         self.outbox.hold(job.gateway, key, leader(job).index)
         if job.deadline_s <= 0:
             return self.lose(key, "expired", "its deadline had passed when it was claimed")
@@ -101,11 +108,11 @@ class Runs:
         if reason is not None:
             return self.lose(key, "refused", reason)
         run.in_engine = True
-        return [Submit(sequence_of(job, key, parks=self._parks, now=now))]
+        return [Submit(sequence_of(job, key, parks=parks, now=now))]
 
     def committed(self, key: Key, job: Job, first: Token, transfer_s: float, now: float) -> None:
         """A decode has taken it over: say so, and repeat the first token, so that the order across two sockets does not matter."""
-        self._runs[key] = Run(key, job, None, now, prefilling=False, in_engine=True)
+        self._runs[key] = Run(key, job, None, False, now, prefilling=False, in_engine=True)
         self.outbox.hold(job.gateway, key, first.index)
         self.outbox.start(key, transfer_s)
         self.outbox.tokens(key, [first], stage_s=0.0)
@@ -128,16 +135,16 @@ class Runs:
         return run
 
     def drawn(self, outcome: Drawn, now: float) -> Run | None:
-        """A token for the client; the run is over if it finishes the choice, and parked if this worker only prefills."""
+        """A token for the client; the run is over if it finishes the choice, and parked if the rest is written elsewhere."""
         run = self._runs.get(outcome.key)
         if run is None:
             return None
         self.outbox.tokens(run.key, [outcome.token], stage_s=now - run.phase_at, queued_s=run.queued_s)
         if run.prefilling:
             run.prefilling, run.phase_at = False, now
-            if not self._parks:
+            if not run.parks:
                 self._fork(run.key, run.job, 0.0, now)
-        if self._parks:
+        if run.parks:
             self.outbox.launched(run.key, False)
         if outcome.finish is not None:
             run.in_engine = False
@@ -197,7 +204,7 @@ class Runs:
     def _fork(self, key: Key, job: Job, transfer_s: float, now: float) -> None:
         """The other choices run from here on as well."""
         for its, own in forked(job, key):
-            self._runs[its] = Run(its, own, None, now, prefilling=False, in_engine=True)
+            self._runs[its] = Run(its, own, None, False, now, prefilling=False, in_engine=True)
             self.outbox.hold(own.gateway, its, leader(own).index)
             self.outbox.start(its, transfer_s)
 
@@ -205,7 +212,7 @@ class Runs:
         """Out of the engine, and with it the forks that may have begun there before we have heard of it."""
         if not run.in_engine:
             return []
-        unheard = forked(run.job, run.key) if run.prefilling and not self._parks else []
+        unheard = forked(run.job, run.key) if run.prefilling and not run.parks else []
         return [Stop(run.key), *(Stop(its) for its, _ in unheard)]
 
     @staticmethod

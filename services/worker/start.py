@@ -36,7 +36,7 @@ def start(kind: Kind) -> int:
         redis = connect(settings.redis_url)
         try:
             async with leased(settings, redis, service):
-                room = await asyncio.to_thread(build, settings)
+                room = await asyncio.to_thread(build, settings, kind.role)
                 identity = await Fleet(redis, settings.fleet).join(room.identity)
                 await kind(room, settings, service, redis, identity).run()
         finally:

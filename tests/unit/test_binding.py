@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from services.engine.binding import colocated_wants, less_loaded, prefill_wants
+from services.engine.binding import colocated_wants, less_loaded, prefill_wants, stays
 from services.engine.plan import PoolCounts, Snapshot
 
 
@@ -31,6 +31,12 @@ def test_a_colocated_worker_wants_more_while_it_has_places_and_pages() -> None:
     assert colocated_wants(state(free=0), 0, 512, 8) == 0
     assert colocated_wants(state(), 1, 512, 8) == 0
     assert colocated_wants(state(unplanned=600), 0, 512, 8) < 0
+
+
+def test_a_prefill_keeps_short_answers_to_which_there_is_one_choice() -> None:
+    assert stays(4, 1, 4) and not stays(5, 1, 4)
+    assert not stays(2, 2, 4)
+    assert not stays(1, 1, 0)
 
 
 def test_of_two_at_random_the_less_loaded() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.engine.policies import POLICIES, Limits, Policy, Share, chunked, prefill_first
+from services.engine.policies import POLICIES, Limits, Policy, Share, chunked, decode_first, prefill_first
 
 LIMITS = Limits(budget_tokens=100, chunk_tokens=60, max_batch=8)
 
@@ -27,6 +27,11 @@ LIMITS = Limits(budget_tokens=100, chunk_tokens=60, max_batch=8)
 )
 def test_prefill_first(lacking: list[int], running: int, share: Share) -> None:
     assert prefill_first(lacking, running, LIMITS) == share
+
+
+def test_decode_first_lets_no_prompt_in_before_all_have_ended() -> None:
+    assert decode_first([10], 3, LIMITS) == Share(3, ())
+    assert decode_first([10, 200], 0, LIMITS) == prefill_first([10, 200], 0, LIMITS)
 
 
 def test_prefill_first_runs_one_chunk_beyond_the_budget_but_nothing_beside_it() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +16,7 @@ from services.planner.trial import Window, run
 from tests.unit.planner.machines import assert_idle, machine, played
 
 ONE = Parallel(1, 1)
-PAIR = Disaggregated(Group(ONE, 1), Group(ONE, 1))
+PAIR = Disaggregated(Group(ONE, 1), Group(ONE, 1), short_tokens=0)
 
 
 def test_one_request_colocated_takes_what_its_launches_take() -> None:
@@ -31,6 +33,14 @@ def test_one_request_apart_pays_for_its_pages_after_the_first_token() -> None:
     assert_idle(system)
 
 
+def test_a_short_answer_stays_and_the_next_prompt_waits_for_its_end() -> None:
+    """Three more tokens after the first one, on the prefill; the other prompt comes while the first is read."""
+    system, (short, other) = played(machine(), replace(PAIR, short_tokens=4), [Ask(0, 100, 4), Ask(0.01, 100, 5)])
+    assert short.done_s == pytest.approx(0.020 + 3 * 0.011)
+    assert other.first_s == pytest.approx(0.020 + 3 * 0.011 + 0.020)
+    assert_idle(system)
+
+
 def test_pages_of_earlier_chunks_leave_while_later_ones_compute() -> None:
     """A prompt of 8,000 tokens runs in two chunks: only the pages of the last one remain to be sent at its end."""
     costs = machine(tokens=16384)
@@ -44,7 +54,7 @@ def test_pages_of_earlier_chunks_leave_while_later_ones_compute() -> None:
 
 def test_across_nodes_pages_take_the_network() -> None:
     near = played(machine(), PAIR, [Ask(0, 100, 2)])[1][0].done_s
-    far = played(machine(), Disaggregated(PAIR.prefill, PAIR.decode, across_nodes=True), [Ask(0, 100, 2)])[1][0].done_s
+    far = played(machine(), replace(PAIR, across_nodes=True), [Ask(0, 100, 2)])[1][0].done_s
     assert near is not None and far is not None
     assert far - near == pytest.approx(0.007 * 99)
 

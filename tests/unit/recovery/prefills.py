@@ -133,6 +133,7 @@ class Prefill(Claimant):
         self.core: PrefillCore = PrefillCore(
             self.outbox, Handoffs(PAGE_TOKENS, world.rng, holders=Holders() if world.reuse else None),
             fingerprint=FINGERPRINT, page_tokens=PAGE_TOKENS, max_request_tokens=world.max_request_tokens,
+            short_tokens=world.short_tokens,
         )  # fmt: skip
         self.decodes = Liveness()
         self.links: dict[str, int] = {}

@@ -72,10 +72,10 @@ def puts(actions: list[object]) -> int:
     return sum(isinstance(action, Put) for action in actions)
 
 
-def prefill() -> PrefillCore:
+def prefill(short_tokens: int = 0) -> PrefillCore:
     ways = Handoffs(4, random.Random(1))
     ways.decodes({"d": LOAD})
-    return PrefillCore(Outbox(), ways, fingerprint="f", page_tokens=4, max_request_tokens=64)
+    return PrefillCore(Outbox(), ways, fingerprint="f", page_tokens=4, max_request_tokens=64, short_tokens=short_tokens)
 
 
 def decode() -> DecodeCore:

@@ -8,8 +8,11 @@ import pytest
 from msgspec.structs import replace
 
 from common.messages import (
+    Choice,
     Committed,
+    Finished,
     Granted,
+    Job,
     Key,
     Offer,
     PeerBeat,
@@ -18,6 +21,7 @@ from common.messages import (
     Rejected,
     Resent,
     Token,
+    Tokens,
     Waiting,
     Withdraw,
     Withdrawn,
@@ -25,14 +29,15 @@ from common.messages import (
 from common.queue import Entry
 from services.decode import inbound
 from services.decode.core import DecodeCore
+from services.engine.plan import Began, Drawn
 from services.engine.plan import Granted as EngineGranted
 from services.prefill import handoffs
 from services.prefill.handoffs import Handoffs
 from services.prefill.routing import Holders
 from services.transfer.protocol import Arrived, Posted, Sent
 from services.worker.outbox import Outbox
-from services.worker.runs import Acknowledge, Runs, Stop
-from tests.unit.recovery.test_found import KEY, LOAD, RANK, arrive, decode, job, offer
+from services.worker.runs import Acknowledge, Runs, Stop, Submit
+from tests.unit.recovery.test_found import KEY, LOAD, RANK, arrive, decode, job, offer, prefill
 from tests.unit.recovery.worker import LAYOUT
 
 ENTRY = Entry("interactive", "1-0")
@@ -224,6 +229,30 @@ def test_a_refusal_goes_elsewhere_at_once() -> None:
     ways.decodes({"d": LOAD, "d2": LOAD})
     actions = ways.letter("d", Refused(1, "draining"), 0.1)
     assert [action.to for action in actions if isinstance(action, handoffs.Send) and isinstance(action.body, Offer)] == ["d2"]
+
+
+def test_a_short_answer_is_written_where_its_prompt_was_read() -> None:
+    core = prefill(short_tokens=2)
+    (submit,) = core.claimed(ENTRY, replace(job(), max_tokens=2), 0.0)
+    assert isinstance(submit, Submit) and not submit.sequence.parks
+    key = submit.sequence.key
+    assert core.outcome(Began(key, (0,)), 0.1) == []
+    core.outcome(Drawn(key, Token(0, 5), None), 0.2)
+    core.outcome(Drawn(key, Token(1, 6), "length"), 0.3)
+    words = core.runs.outbox.take()["g"]
+    assert [token.index for word in words if isinstance(word, Tokens) for token in word.tokens] == [0, 1]
+    assert words[-1] == Finished(key, 2, "length")
+    assert core.over(key) == [Acknowledge(ENTRY)]
+
+
+@pytest.mark.parametrize(
+    "longer", [replace(job(), max_tokens=3), replace(job(), max_tokens=2, choices=[Choice(0, 1, []), Choice(1, 1, [])])]
+)
+def test_a_longer_answer_and_one_of_several_go(longer: Job) -> None:
+    core = prefill(short_tokens=2)
+    (submit,) = core.claimed(ENTRY, longer, 0.0)
+    assert isinstance(submit, Submit) and submit.sequence.parks
+    assert [body for body in said(core.outcome(Began(submit.sequence.key, (0,)), 0.1)) if isinstance(body, Offer)]
 
 
 # -------------------------------------------------------------------------------------------------------- every worker

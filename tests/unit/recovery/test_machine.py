@@ -28,9 +28,10 @@ class Fleet(RuleBasedStateMachine):
         pages=st.sampled_from((12, 16, 40)),
         depth=st.integers(1, 2),
         reuse=st.booleans(),
+        short_tokens=st.integers(0, 4),
     )
-    def build(self, seed: int, gateways: int, decodes: int, pages: int, depth: int, reuse: bool) -> None:
-        self.world = World(seed, reuse=reuse)
+    def build(self, seed: int, gateways: int, decodes: int, pages: int, depth: int, reuse: bool, short_tokens: int) -> None:
+        self.world = World(seed, reuse=reuse, short_tokens=short_tokens)
         self.pages, self.depth = pages, depth
         self.gateways: list[Gateway] = [self.world.gateway() for _ in range(gateways)]
         self.world.prefill(pages, depth)

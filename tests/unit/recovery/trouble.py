@@ -33,7 +33,7 @@ def weather(rng: random.Random) -> Weather:
 
 def troubled(seed: int, steps: int = 60, *, log: bool = False) -> World:
     """A fleet after `steps` random events with random pauses between them; not settled yet."""
-    world = World(seed, reuse=seed % 3 > 0)
+    world = World(seed, reuse=seed % 3 > 0, short_tokens=seed % 5)
     rng = world.rng
     gateways = [world.gateway() for _ in range(rng.choice((1, 2)))]
     pages = rng.choice((12, 16, 40))

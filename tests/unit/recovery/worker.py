@@ -71,7 +71,13 @@ class Worker(Process):
         self.outbox = Outbox()
         self.pool = PagePool(pages, PAGE_TOKENS, keep_cached=world.reuse)
         limits = Limits(BUDGET_TOKENS, 8, max_batch=8, growth_pages=1)
-        self.scheduler = Scheduler(self.pool, "chunked", limits, depth=depth, reuse=FINGERPRINT if world.reuse else None)
+        self.scheduler = Scheduler(
+            self.pool,
+            "decode_first" if self.role == "prefill" else "chunked",
+            limits,
+            depth=depth,
+            reuse=FINGERPRINT if world.reuse else None,
+        )
         self.snapshot: Snapshot = self.scheduler.snapshot()
         self.gateways = Liveness()
         self.addresses: set[str] = set()

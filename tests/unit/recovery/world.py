@@ -39,9 +39,11 @@ P = TypeVar("P", bound=Process)
 class World:
     """All of it. `start` adds processes; `run` lets time pass."""
 
-    def __init__(self, seed: int = 0, *, max_request_tokens: int = 48, reuse: bool = True) -> None:
+    def __init__(self, seed: int = 0, *, max_request_tokens: int = 48, reuse: bool = True, short_tokens: int = 0) -> None:
         self.reuse = reuse
         """Whether workers share pages by their hashes (prefix reuse)."""
+        self.short_tokens = short_tokens
+        """Of answers that prefills write themselves."""
         self.truth: dict[bytes, list[int]] = {}
         """What lies in a page with this hash."""
         self.rng = random.Random(seed)
