@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.applications import Starlette
@@ -57,6 +58,7 @@ class Api:
             "tokenize": tokenizer.tokenize,
             "detokenize": tokenizer.detokenize,
             "metrics": self.metrics,
+            "demand": self.demand,
             "health": self.health,
             "ready": self.ready,
             "openapi": self.openapi,
@@ -76,6 +78,9 @@ class Api:
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.text(), media_type=METRICS)
+
+    async def demand(self, request: Request) -> Response:
+        return JSONResponse(self._metrics.demand.body(time.monotonic()), headers={"Cache-Control": "no-store"})
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model_body(self._model)]})

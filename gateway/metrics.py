@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from common.slo import CHATBOT, Served, attains, tpot_s
 from gateway.ask import Timeline
+from gateway.demand import Asked, Demand
 from gateway.recent import Recent
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
@@ -21,6 +22,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.recent = Recent()
+        self.demand = Demand()
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter("baton_requests", "Answers by outcome, and refused requests", ["outcome"], registry=r)
@@ -44,7 +46,8 @@ class Metrics:
             self.recent.note(Served(0.0, 0.0, 0, ok=False), time.monotonic())
 
     def ended(self, outcome: str, timeline: Timeline, prompt_tokens: int, output_tokens: int) -> None:
-        """An accepted request is over: `outcome` is stop, length, cancelled or an error's name."""
+        """An accepted request is over: `outcome` is stop, length, cancelled or an error's name. `prompt_tokens` 0: another choice counts
+        the prompt, which no worker has read for this one."""
         self.requests.labels(outcome).inc()
         self.prompt_tokens.inc(prompt_tokens)
         self.output_tokens.inc(output_tokens)
@@ -56,6 +59,8 @@ class Metrics:
             self.good.inc(attains(served, CHATBOT))
         if not whole:
             return
+        if prompt_tokens:
+            self.demand.note(Asked(time.monotonic() - timeline.total_s, prompt_tokens, output_tokens))
         self.ttft.observe(timeline.ttft_s)
         self.total.observe(timeline.total_s)
         if output_tokens > 1:

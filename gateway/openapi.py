@@ -67,6 +67,7 @@ _ALL = (
     Operation("tokenize", "POST", "/tokenize", "Token ids of a text or a conversation", "Tokens", tokenize_body, errors=CHECKS),
     Operation("detokenize", "POST", "/detokenize", "The text of token ids", "Text", detokenize_body, errors=CHECKS),
     Operation("fleet", "GET", "/fleet", "Workers, queue, and how the last requests were served", "Fleet", query=OBJECTIVES, errors=(400,)),
+    Operation("demand", "GET", "/fleet/demand", "Lengths and times of the last requests, for the planner", "Demand"),
     Operation("metrics", "GET", "/metrics", "Figures for Prometheus", None, media=METRICS),
     Operation("health", "GET", "/health", "The process lives", "Health", open=True),
     Operation("ready", "GET", "/ready", "Whether a request could be served now, and what is lacking", "Ready", open=True, errors=(503,)),

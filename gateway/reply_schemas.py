@@ -108,6 +108,7 @@ def _others() -> dict[str, Schema]:
         "Models": made({"object": {"const": "list"}, "data": several(ref("Model"))}),
         "Tokens": made({"count": COUNT, "max_model_len": COUNT, "tokens": several(COUNT)}, {"token_strs": several(TEXT)}),
         "Text": made({"prompt": TEXT}),
+        "Demand": made({"requests": several(made({"age_s": {"type": "number"}, "input_tokens": COUNT, "output_tokens": COUNT}))}),
         "Fleet": made(
             {
                 "model": TEXT,

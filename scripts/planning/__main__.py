@@ -16,6 +16,7 @@ from scripts.launcher.show import Progress
 from scripts.load.workloads import WorkloadError, load
 from scripts.planning import compose, reproduce, show
 from scripts.planning.demand import wanted
+from scripts.planning.live import demanded
 from scripts.planning.options import parse
 from services.planner import paper, profile
 from services.planner.candidates import Cluster
@@ -56,7 +57,12 @@ def search(chosen: argparse.Namespace, say: Progress) -> dict[str, Any]:
     say(f"{costs.name}: {costs.source}")
     if chosen.one_gpu_workers:
         costs = replace(costs, launches={tp: one for tp, one in costs.launches.items() if tp == 1})
-    workload = load(chosen.workload, chosen.context, 1, chosen.length_scale)
+    if chosen.live:
+        workload, rate = demanded(chosen.live, chosen.key)
+        say(f"live: {len(workload.shapes)} requests, {rate:.3g}/s")
+        chosen.rate = chosen.rate or rate
+    else:
+        workload = load(chosen.workload, chosen.context, 1, chosen.length_scale)
     want = wanted(workload, chosen.slo, chosen.share, chosen.cv)
     say(f"{workload.name}: prompts of {want.mean_input_tokens:.0f} tokens in the mean, answers of {want.mean_output_tokens:.0f}")
     cluster = Cluster(chosen.gpus, chosen.nodes)

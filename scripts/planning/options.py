@@ -32,10 +32,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--workload", default="chatbot", help=f"{', '.join(NAMED)}, or a CSV with input_tokens, output_tokens[, arrival_s] [chatbot]"
     )
     parser.add_argument(
+        "--live",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="instead: what a running gateway's clients have asked lately, and how often; repeatable, for every gateway of the fleet",
+    )
+    parser.add_argument("--key", help="API key for --live")
+    parser.add_argument(
         "--slo", default="0.25,0.1", metavar="TTFT,TPOT", help="objectives in seconds, or a named set of the paper [0.25,0.1]"
     )
     parser.add_argument("--share", type=float, default=0.9, help="of the requests that must meet both [0.9]")
-    parser.add_argument("--rate", type=float, help="requests/s to reach on as few devices as possible [the most that all can do]")
+    parser.add_argument(
+        "--rate", type=float, help="requests/s to reach on as few devices as possible [the most that all can do; --live: its own rate]"
+    )
     parser.add_argument("--cv", type=float, default=1.0, help="of the gaps between arrivals: 1 Poisson; a trace brings its own [1]")
     parser.add_argument("--context", type=int, default=2048, help="largest request, prompt and answer, in tokens [2048]")
     parser.add_argument("--length-scale", type=float, help="multiply all lengths by this instead of fitting them to the context")

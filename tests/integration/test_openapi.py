@@ -93,6 +93,7 @@ REPLIES: list[tuple[str, str, str, Any]] = [
     ("GET", "/openapi.json", "/openapi.json", None),
     ("GET", "/metrics", "/metrics", None),
     ("GET", "/fleet", "/fleet", None),
+    ("GET", "/fleet/demand", "/fleet/demand", None),
     ("GET", "/fleet", "/fleet?ttft_ms=200&tpot_ms=20&window_s=60", None),
     ("GET", "/fleet", "/fleet?ttft_ms=soon", None),
     ("GET", "/fleet", "/fleet?window_s=1e9", None),
