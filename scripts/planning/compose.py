@@ -10,8 +10,8 @@ def override(where: Placement, made: str) -> tuple[str, list[str]]:
     cannot = shortcomings(where)
     head = [f"# {where}", f"# Made by {made}", *(f"# NOT STARTED LIKE THAT: {one}" for one in cannot), "services:"]
     if isinstance(where, Disaggregated):
-        body = ["  prefill:", f"    scale: {where.prefill.replicas * where.units}"]
-        body += ["  decode:", f"    scale: {where.decode.replicas * where.units}"]
+        body = ["  prefill:", _scale(where.prefill.replicas * where.units)]
+        body += ["  decode:", _scale(where.decode.replicas * where.units)]
     else:
         body = _colocated(where)
     return "\n".join([*head, *body, ""]), cannot
@@ -37,10 +37,15 @@ def _colocated(where: Colocated) -> list[str]:
     body = [
         "  prefill: # colocated workers",
         "    command: [python, -m, services.colocated]",
-        f"    scale: {where.group.replicas}",
+        _scale(where.group.replicas),
         "    environment:",
         f"      BATON_POLICY: {where.policy}",
     ]
     if where.budget_tokens is not None:
         body.append(f'      BATON_BUDGET_TOKENS: "{where.budget_tokens}"')
-    return [*body, "    healthcheck:", "      test: [CMD, python, -m, services.colocated, --check]", "  decode:", "    scale: 0"]
+    return [*body, "    healthcheck:", "      test: [CMD, python, -m, services.colocated, --check]", "  decode:", _scale(0)]
+
+
+def _scale(replicas: int) -> str:
+    """As text, like the file it is merged with (there it comes from a variable): not every compose merges a number into that."""
+    return f'    scale: "{replicas}"'

@@ -1,7 +1,7 @@
 """`./scripts/handoff_bench`: from the prefill's first token to the decode's next one, seen by a client, in an idle system.
 
 The bound is the transfer of the last pages plus one decode step; what is above it is the overhead of handing over. Prompts of three
-lengths, one request at a time; medians.
+lengths, one request at a time; medians. Then the same system with prefix reuse: what a shared beginning spares.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import asyncio
 import json
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import httpx
@@ -19,6 +21,7 @@ from scripts.launcher.__main__ import wait_served
 from scripts.launcher.cluster import Cluster, Shape
 from scripts.launcher.model import obtain
 from scripts.launcher.show import Progress
+from scripts.trials.reuse import reuse
 from tests.integration.talk import body, listen
 from tests.references import references
 
@@ -57,18 +60,28 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=9)
     chosen = parser.parse_args()
     say = Progress()
-    flags = {"max_request_tokens": "2048", "pages": "640", "prefix_reuse": "false"}  # every repeat hands over the same prompt
-    with Cluster(Shape(model=obtain(None, say), model_name="smollm2", worker_flags=flags), say) as cluster:
-        cluster.start()
-        wait_served(cluster.urls[0])
+    with served(say, prefix_reuse="false") as cluster:  # every repeat hands over the same prompt
         prompts = sorted((one["prompt"] for one in references()), key=len)
         asyncio.run(measure(cluster.urls[0], prompts[0], 2))
         found = []
         for prompt in (prompts[3], prompts[-10], prompts[-1]):
             found.append(asyncio.run(measure(cluster.urls[0], prompt, chosen.repeats)))
             say(str(found[-1]))
-    print(json.dumps({"repeats": chosen.repeats, "costs": [asdict(cost) for cost in found]}), flush=True)
+    with served(say, prefix_reuse="true") as cluster:
+        spared = asyncio.run(reuse(cluster.urls[0], chosen.repeats))
+        say(str(spared))
+    print(json.dumps({"repeats": chosen.repeats, "costs": [asdict(cost) for cost in found], "reuse": asdict(spared)}), flush=True)
     return 0
+
+
+@contextmanager
+def served(say: Progress, **flags: str) -> Iterator[Cluster]:
+    """A system of one prefill and one decode that serves."""
+    pools = {"max_request_tokens": "2048", "pages": "640"}
+    with Cluster(Shape(model=obtain(None, say), model_name="smollm2", worker_flags={**pools, **flags}), say) as cluster:
+        cluster.start()
+        wait_served(cluster.urls[0])
+        yield cluster
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class Heard:
     """Moments (monotonic) at which pieces came."""
     timeline: dict[str, Any] = field(default_factory=dict)
     completion_tokens: int = 0
+    cached_tokens: int = 0
 
     @property
     def worst_pause_s(self) -> float:
@@ -57,6 +58,7 @@ async def listen(client: httpx.AsyncClient, url: str, asked: dict[str, Any], hea
             heard.timeline = chunk.get("baton", {}).get("timeline", heard.timeline)
             if chunk.get("usage"):
                 heard.completion_tokens = chunk["usage"]["completion_tokens"]
+                heard.cached_tokens = chunk["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0)
     return heard
 
 

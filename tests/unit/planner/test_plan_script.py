@@ -39,7 +39,9 @@ def test_the_override_starts_the_placement(tmp_path: Path, under: tuple[Path, ..
     path = tmp_path / "plan.yml"
     path.write_text(text)
     services = filled(merged(*under, path), {"COMPOSE_PROJECT_NAME": "baton"})["services"]
-    assert {name: services[name]["scale"] for name in scales} == scales
+    assert {name: int(services[name]["scale"]) for name in scales} == scales
+    base = filled(merged(*under), {"COMPOSE_PROJECT_NAME": "baton"})["services"]
+    assert all(type(services[name]["scale"]) is type(base[name]["scale"]) for name in scales), "podman-compose merges like with like only"
     environ = {key: str(value) for key, value in services["prefill"]["environment"].items()}
     settings = load(WorkerSettings, [], environ)
     if isinstance(where, Colocated):
