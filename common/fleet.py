@@ -16,7 +16,7 @@ from common import names
 from common.connection import mapped
 from common.errors import MessageError, QueueError, StartError
 from common.logs import get_logger
-from common.messages import Identity, Incarnation, Introduction, decode, encode
+from common.messages import WORKER_ROLES, Identity, Incarnation, Introduction, Role, decode, encode
 
 log = get_logger(__name__)
 
@@ -69,6 +69,15 @@ class Fleet:
             return {name: member for name, data in written.items() if (member := _introduction(name, data)) is not None}
 
         return await mapped(look())
+
+    async def wish(self, incarnation: Incarnation, role: Role) -> None:
+        """Ask a worker to serve in another role from now on."""
+        await mapped(self._redis.set(names.wish(self._name, incarnation), role, ex=names.WISH_TTL_S))
+
+    async def wished(self, incarnation: Incarnation) -> Role | None:
+        """What a worker has been asked to be; None: nothing, or no role of a worker."""
+        data = await mapped(self._redis.get(names.wish(self._name, incarnation)))
+        return next((role for role in WORKER_ROLES if data is not None and role.encode() == data), None)
 
     async def leave(self, incarnation: Incarnation) -> None:
         """Raises QueueError if Redis is away; the introduction then lapses by itself."""

@@ -22,6 +22,7 @@ PROTOCOL = 1
 
 Incarnation = str
 Role = Literal["gateway", "prefill", "decode", "colocated"]
+WORKER_ROLES: tuple[Role, ...] = ("prefill", "decode", "colocated")
 FinishReason = Literal["stop", "length"]
 LostReason = Literal["preempted", "drained", "refused", "no_decode", "failed", "expired"]
 

@@ -10,6 +10,8 @@ DEAD_S = 2.0
 """Silence on a link for this long is death."""
 INTRODUCTION_TTL_S = 10
 """A process refreshes its introduction in Redis every BEAT_S; it vanishes this long after the last time."""
+WISH_TTL_S = 60
+"""A worker that has not looked by then is not there."""
 STARTUP_S = 120.0
 """A worker that is not ready by then has failed."""
 
@@ -38,6 +40,11 @@ def identity(fleet: str) -> str:
 
 def introduction(fleet: str, name: str) -> str:
     return f"baton:{fleet}:peer:{name}"
+
+
+def wish(fleet: str, name: str) -> str:
+    """The role that an operator wants of a worker."""
+    return f"baton:{fleet}:role:{name}"
 
 
 def members(fleet: str) -> str:

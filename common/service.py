@@ -44,6 +44,8 @@ class Service:
         self.incarnation: Incarnation = names.incarnation()
         self.role = role
         self.stopping = asyncio.Event()
+        self.becoming: Role | None = None
+        """Not the end: a worker stops only to go on in this role."""
         self.error: BaseException | None = None
         self._ready_file = Path(settings.ready_file) if settings.ready_file else None
 
@@ -61,12 +63,25 @@ class Service:
         log.info("ready", **facts)
 
     def stop(self) -> None:
+        self.becoming = None
         self.stopping.set()
+
+    def become(self, role: Role) -> None:
+        """Stop, and go on in another role; unless it stops for good already."""
+        if not self.stopping.is_set():
+            self.becoming = role
+            self.stopping.set()
+
+    def renew(self, role: Role) -> None:
+        """It has stopped and goes on: a new member of the fleet, of which nobody has heard anything yet."""
+        self.unready()
+        self.incarnation, self.role, self.becoming = names.incarnation(), role, None
+        self.stopping.clear()
 
     def fail(self, error: BaseException) -> None:
         """Something the process cannot live without has died."""
         self.error = self.error or error
-        self.stopping.set()
+        self.stop()
 
     def unready(self) -> None:
         """Before the start (a killed predecessor may have left its file) and at the end."""
@@ -155,7 +170,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
 
 def _signalled(service: Service, drain_s: float) -> None:
     """The first signal asks for a drain, the second ends the process; so does a drain that does not end."""
-    if service.stopping.is_set():
+    if service.stopping.is_set() and service.becoming is None:
         os._exit(1)
     service.stop()
     asyncio.get_running_loop().call_later(drain_s + OVERDUE_S, _overdue)

@@ -56,14 +56,21 @@ def drawn(shapes: Sequence[Shape], cv: float) -> Source:
 
 
 def traced(shapes: Sequence[Shape]) -> Source:
-    """Requests in the order and at the times of a trace, its clock scaled; each seed begins at another place of it."""
+    """Requests in the order and at the times of a trace, its clock scaled; each seed begins at another place of it. Behind its end it
+    begins again: a trial may want more requests than it has."""
     ordered = sorted(shapes, key=lambda shape: shape.at_s or 0.0)
+    first, last = ordered[0].at_s or 0.0, ordered[-1].at_s or 0.0
+    lap_s = (last - first) * len(ordered) / (len(ordered) - 1)
+
+    def at(number: int) -> float:
+        return (ordered[number % len(ordered)].at_s or 0.0) + number // len(ordered) * lap_s
 
     @lru_cache(maxsize=64)
     def source(count: int, seed: int) -> tuple[Ask, ...]:
         begin = min((seed - 1) % WINDOWS * len(ordered) // WINDOWS, max(0, len(ordered) - count - 1))
-        part = ordered[begin : begin + count + 1]
-        times = replay([shape.at_s or 0.0 for shape in part], count, 1.0, seed)
+        numbers = range(begin, begin + count + 1)
+        part = [ordered[number % len(ordered)] for number in numbers]
+        times = replay([at(number) for number in numbers], count, 1.0, seed)
         return tuple(Ask(at, shape.input_tokens, shape.output_tokens) for at, shape in zip(times, part, strict=False))
 
     return source

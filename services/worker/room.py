@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
@@ -38,6 +38,7 @@ class Room:
     pool: Pool
     runner: Runner
     scheduler: Scheduler
+    limits: Limits
     budget_tokens: int
     longest_step_s: float
     identity: Identity
@@ -84,20 +85,30 @@ def build(settings: WorkerSettings, role: Role) -> Room:
     budgets = measure(runner, layout.page_tokens, min(pages * layout.page_tokens, facts.context_tokens), settings.chunk_s)
     limits = Limits(settings.budget_tokens or budgets.budget_tokens, budgets.chunk_tokens, settings.max_batch, settings.growth_pages)
     identity = _identity(where, settings, layout, facts.context_tokens, needed)
-    reuse = identity.fingerprint if settings.prefix_reuse else None
-    book = PagePool(pages, layout.page_tokens, keep_cached=settings.prefix_reuse)
     log.info("engine built", pages=pages, page_bytes=layout.page_bytes, dtype=layout.dtype, rate=round(budgets.rate), **_words(limits))
     return Room(
         layout=layout,
         shard=facts.shard,
         pool=pool,
         runner=runner,
-        scheduler=Scheduler(book, "decode_first" if role == "prefill" else settings.policy, limits, reuse=reuse),
+        scheduler=_scheduler(settings, role, pages, limits, identity),
+        limits=limits,
         budget_tokens=limits.budget_tokens,
         longest_step_s=budgets.longest_step_s,
         identity=identity,
         memory=memory,
     )
+
+
+def cleared(room: Room, settings: WorkerSettings, role: Role) -> Room:
+    """The same weights and pool for a worker of another role; whatever the pages held is forgotten."""
+    return replace(room, scheduler=_scheduler(settings, role, room.pool.pages, room.limits, room.identity))
+
+
+def _scheduler(settings: WorkerSettings, role: Role, pages: int, limits: Limits, identity: Identity) -> Scheduler:
+    book = PagePool(pages, identity.page_tokens, keep_cached=settings.prefix_reuse)
+    policy = "decode_first" if role == "prefill" else settings.policy
+    return Scheduler(book, policy, limits, reuse=identity.fingerprint if settings.prefix_reuse else None)
 
 
 @dataclass(frozen=True)

@@ -133,10 +133,11 @@ class Worker(ABC, Generic[A]):
                     tasks.create_task(self._beat_forever(), name="beats"),
                     tasks.create_task(self._acknowledge_forever(), name="acknowledge"),
                 ]
+                listening = tasks.create_task(self._listen_for_a_role(), name="role")
                 own = self.own_tasks(tasks)
                 self.service.ready(control=self.server.address, metrics_port=figures.port)
                 await self.service.stopping.wait()
-                await end(*own)
+                await end(listening, *own)
                 await self._drain()
                 await end(*background)
         finally:
@@ -280,6 +281,15 @@ class Worker(ABC, Generic[A]):
             self.gateways.reap()
             self.do(self.tick(time.monotonic()))
             await asyncio.sleep(BEAT_S)
+
+    async def _listen_for_a_role(self) -> None:
+        """An operator may want this worker in another role (`python -m services.worker.role`)."""
+        while True:
+            await asyncio.sleep(BEAT_S)
+            with contextlib.suppress(QueueError):
+                role = await self.fleet.wished(self.incarnation)
+                if role is not None and role != self.role:
+                    self.service.become(role)
 
     async def _acknowledge_forever(self) -> None:
         while True:

@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 from scripts.launcher.cluster import Cluster
+from services.worker import role
 from tests.integration.talk import Heard, body, listen
 from tests.references import references
 from tests.systems import assert_conserved, figures
@@ -236,6 +237,25 @@ def test_sigterm_hands_everything_back(four: Cluster, short: list[dict[str, Any]
     assert_undisturbed(short[:4], heard)
     process = four.children[drained[0]].process
     assert process is not None and process.wait(20) == 0
+
+
+@pytest.mark.timeout(120)
+def test_roles_change_under_load(four: Cluster, short: list[dict[str, Any]]) -> None:
+    """A prefill becomes a decode and the first decode a prefill, without a restart, and everything back again."""
+    asked = [*short, *short]
+
+    async def change(heard: list[Heard]) -> None:
+        await until(lambda: all(len(one.at) > 3 for one in heard[:2]))
+        for name, to in (("prefill-1", "decode"), ("decode-0", "prefill"), ("prefill-1", "prefill"), ("decode-0", "decode")):
+            facts = four.children[name].facts
+            assert facts is not None
+            assert await asyncio.to_thread(role.main, [facts["incarnation"][:8], to], {"BATON_REDIS_URL": four.redis_url}) == 0
+
+    heard = talk(four, asked, change)
+    assert_undisturbed(asked, heard)
+    assert known_workers(four) == {"prefill": 2, "decode": 2}
+    assert_undisturbed(asked, talk(four, asked, nothing))
+    assert_conserved(four)
 
 
 @pytest.mark.timeout(120)

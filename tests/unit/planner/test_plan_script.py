@@ -81,6 +81,14 @@ def test_a_trace_keeps_its_order_and_its_bursts() -> None:
     assert traced(shapes)(100, 2)[0].input_tokens == 101
 
 
+def test_a_trace_begins_again_behind_its_end() -> None:
+    """A trial that judged no request at all had reached every rate."""
+    asks = traced([Shape(number, 5, number * 2.0) for number in range(1, 41)])(1000, 1)
+    assert len(asks) == 1000 and asks[40].input_tokens == 1
+    assert asks[-1].at == pytest.approx(999, rel=0.05)
+    assert all(later.at >= sooner.at for sooner, later in pairwise(asks))
+
+
 def test_text_is_measured_by_its_characters() -> None:
     assert measured(Shape(0, 5, text="x" * 300)).input_tokens == 100
     assert measured(Shape(7, 5, text="x" * 300)).input_tokens == 7
