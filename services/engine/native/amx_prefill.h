@@ -1,6 +1,7 @@
-// A prompt's attention on CPUs with AMX. Tile products and exponentials use different parts of a core, so they take turns by a few
-// instructions: while the weights of one block of keys are made of its scores, the values of the block before are added up, and the scores
-// of the block behind computed.
+// A prompt's attention on CPUs with AMX: a strip of query rows passes by blocks of keys and values.
+//
+// Tile products and vector instructions do not run beside each other: while products are under way, a core has one port for vectors
+// instead of two. So each has its turn, and what counts is how few vector instructions a weight costs.
 #pragma once
 
 #include <memory>
@@ -13,14 +14,16 @@ template <>
 class Prefill<Amx> {
     static constexpr long ROWS = 2 * W, BLOCK = 64;  // rows (token * group + head) of a strip, and keys that are weighed at a time
     static constexpr long PAIRS = BLOCK / 32, LANES = BLOCK / 2;
-    static constexpr float SLACK = 8, LEAST = -1e30f;
+    static constexpr float SLACK = 256;
+
+    static constexpr F ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
     struct alignas(64) Scratch {
-        float scores[2][ROWS * BLOCK], out[ROWS * 256], total[ROWS * W];
-        uint32_t queries[ROWS * 128], weights[2][ROWS * LANES];
-        float top[ROWS], shrink[ROWS];
+        float scores[ROWS * BLOCK], out[ROWS * 256], total[ROWS * W];
+        float low[ROWS * W], shrink[ROWS];  // low: 16 times minus the maximum that a row's weights are of
+        uint32_t queries[ROWS * 128], weights[ROWS * LANES];
     };
-    std::unique_ptr<Scratch> own = std::make_unique<Scratch>();
+    std::unique_ptr<Scratch> own{new Scratch};  // not cleared
 
   public:
     explicit Prefill(long) {}
@@ -31,95 +34,105 @@ class Prefill<Amx> {
         const long first = strip * ROWS, rows = std::min(ROWS, c.tokens * c.group - first);
         const long all_see = c.start + first / c.group + 1, seen = c.start + (first + rows - 1) / c.group + 1;
         begin(c, q, first, rows);
-        const long last = (seen - 1) / BLOCK;
-        for (long n = 0; n < per_block(c); ++n) add_scores(c, 0, n);
-        for (long block = 0; block <= last; ++block) {
+        for (long block = 0; block * BLOCK < seen; ++block) {
+            add_scores(c, block);
             if ((block + 1) * BLOCK > all_see) hide(c, first, block);
-            weigh(c, block, block < last);
+            bool grown = false;
+            for (long r = 0; r < ROWS; ++r) grown |= block ? weigh_row<false>(r) : weigh_row<true>(r);
+            if (grown && block) shrink(c);
+            add_values(c, block);
         }
-        for (long n = 0; n < per_block(c); ++n) add_values(c, last, n);
-        for (long r = 0; r < rows; ++r) {
+        each(c, first, rows, [&](long r, long token, long column) {
             const F by = splat(1 / sum(load<F>(own->total + r * W)));
-            for (long i = 0; i < c.dim; i += W) Bf16::narrow(piece(c, q, first + r, i), load<F>(own->out + r * c.dim + i) * by);
-        }
+            for (long i = 0; i < c.dim; i += W) Bf16::narrow(q.piece(token, column + i), load<F>(own->out + r * c.dim + i) * by);
+        });
     }
 
   private:
-    static uint16_t* piece(const Context& c, const Queries<Amx>& q, long row, long at) { return q.piece(row / c.group, row % c.group * c.dim + at); }
-    static long per_block(const Context& c) { return PAIRS * (c.dim / 32); }  // steps of scores, or of values
-
+    // act(row of the strip, token of the chunk, first column of the head): without a division for each row.
+    template <class Act>
+    static INLINE void each(const Context& c, long first, long rows, const Act& act) {
+        long token = first / c.group, head = first % c.group;
+        for (long r = 0; r < rows; ++r) {
+            act(r, token, head * c.dim);
+            if (++head == c.group) head = 0, ++token;
+        }
+    }
     void begin(const Context& c, const Queries<Amx>& q, long first, long rows) {
         auto* to = reinterpret_cast<uint16_t*>(own->queries);
         std::fill(to + rows * c.dim, to + ROWS * c.dim, uint16_t(0));
-        for (long r = 0; r < rows; ++r)
-            for (long i = 0; i < c.dim; i += W) memcpy(to + r * c.dim + i, piece(c, q, first + r, i), W * 2);
+        each(c, first, rows, [&](long r, long token, long column) {
+            for (long i = 0; i < c.dim; i += W) memcpy(to + r * c.dim + i, q.piece(token, column + i), W * 2);
+        });
         std::fill(own->out, own->out + ROWS * c.dim, 0.f);
         std::fill(own->total, own->total + ROWS * W, 0.f);
-        std::fill(own->top, own->top + ROWS, LEAST);
+        std::fill(own->low, own->low + ROWS * W, 0.f);
         std::fill(own->shrink, own->shrink + ROWS, 1.f);
     }
 
-    // Step `n` of the scores of a block of keys.
-    INLINE void add_scores(const Context& c, long block, long n) {
-        const long lanes = c.dim / 2, steps = c.dim / 32, pair = n / steps, k = n % steps;
-        const uint32_t* keys = c.keys + (block * BLOCK + pair * 32) * lanes;
-        if (k == 0) amx_clear<true>();
-        written();
-        amx_step<true>({own->queries, lanes, W, W * lanes}, {keys, keys + W * lanes, W}, k);
-        if (k == steps - 1) amx_store<true>(own->scores[block % 2] + pair * 32, BLOCK);
+    // Scores of a block of keys, less the rows' maxima: sums begin with these.
+    INLINE void add_scores(const Context& c, long block) {
+        const long lanes = c.dim / 2;
+        for (long pair = 0; pair < PAIRS; ++pair) {
+            const uint32_t* keys = c.keys + (block * BLOCK + pair * 32) * lanes;
+            written();
+            _tile_loadd(0, own->low, W * 4);
+            _tile_loadd(1, own->low, W * 4);
+            _tile_loadd(2, own->low + W * W, W * 4);
+            _tile_loadd(3, own->low + W * W, W * 4);
+            for (long k = 0; k < c.dim / 32; ++k) amx_step<true>({own->queries, lanes, W, W * lanes}, {keys, keys + W * lanes, W}, k);
+            amx_store<true>(own->scores + pair * 32, BLOCK);
+        }
     }
 
-    // Step `n` of adding a block of values by their weights.
-    INLINE void add_values(const Context& c, long block, long n) {
-        const long at = n / PAIRS * 32, k = n % PAIRS;
-        const uint32_t* values = c.values + block * LANES * c.dim + at;
-        if (k == 0) amx_load<true>(own->out + at, c.dim);
-        written();
-        amx_step<true>({own->weights[block % 2], LANES, W, W * LANES}, {values, values + W, c.dim}, k);
-        if (k == PAIRS - 1) amx_store<true>(own->out + at, c.dim);
+    INLINE void add_values(const Context& c, long block) {
+        for (long at = 0; at < c.dim; at += 32) {
+            const uint32_t* values = c.values + block * LANES * c.dim + at;
+            amx_load<true>(own->out + at, c.dim);
+            for (long k = 0; k < PAIRS; ++k) amx_step<true>({own->weights, LANES, W, W * LANES}, {values, values + W, c.dim}, k);
+            amx_store<true>(own->out + at, c.dim);
+        }
     }
 
     // Scores of keys that come later than the query.
     void hide(const Context& c, long first, long block) {
-        for (long r = 0; r < ROWS; ++r) {
-            float* scores = own->scores[block % 2] + r * BLOCK;
-            for (long k = std::max(0l, c.start + (first + r) / c.group + 1 - block * BLOCK); k < BLOCK; ++k) scores[k] = NONE;
-        }
+        each(c, first, ROWS, [&](long r, long token, long) {
+            const long may = c.start + token + 1 - block * BLOCK;  // how many of the block's keys the row sees
+            for (long j = std::max(0l, may / W); j < BLOCK / W; ++j) {
+                float* scores = own->scores + r * BLOCK + j * W;
+                store(scores, ORDER < splat(float(may - j * W)) ? load<F>(scores) : splat(NONE));
+            }
+        });
     }
 
-    // Scores of a block into weights; between its rows, the values of the block before and the scores of the next.
-    void weigh(const Context& c, long block, bool more) {
-        const long steps = per_block(c);
-        long done = block ? 0 : steps;
-        const long due = more ? 2 * steps : steps;
-        bool grown = false;
-        for (long r = 0; r < ROWS; ++r) {
-            grown |= weigh_row(block, r);
-            for (; done < due && done * ROWS < 2 * steps * (r + 1); ++done) done < steps ? add_values(c, block - 1, done) : add_scores(c, block + 1, done - steps);
-        }
-        if (grown) shrink(c);
-    }
-
-    // A row's weights are of its running maximum, which follows only when it has been left behind by a factor of 2^8: sums have room for
-    // that (Dao et al., FlashAttention-4). True: what has been summed so far must shrink.
-    INLINE bool weigh_row(long block, long r) {
-        const float* scores = own->scores[block % 2] + r * BLOCK;
-        auto* weights = reinterpret_cast<uint16_t*>(own->weights[block % 2]) + r * BLOCK;
-        F s[BLOCK / W], totals = load<F>(own->total + r * W);
+    // Scores of a row into weights. Its maximum follows only when a weight has become larger than 2^8 or so: sums have room for that (as
+    // in FlashAttention-4). True: then what has been summed so far must shrink.
+    template <bool FIRST>
+    INLINE bool weigh_row(long r) {
+        const float* scores = own->scores + r * BLOCK;
+        auto* weights = reinterpret_cast<uint16_t*>(own->weights) + r * BLOCK;
+        F s[BLOCK / W], e[BLOCK / W], totals = load<F>(own->total + r * W);
+        const auto raise = [&] {
+            F part = {};
+            for (int j = 0; j < BLOCK / W; ++j) part += e[j] = exp2_rough(s[j]);
+            return part;
+        };
         for (int j = 0; j < BLOCK / W; ++j) s[j] = load<F>(scores + j * W);
-        const F high = larger(larger(s[0], s[1]), larger(s[2], s[3]));
-        const bool grows = above(high, own->top[r] + SLACK);
-        if (__builtin_expect(grows, 0)) {
-            const float top = largest(high);
-            own->shrink[r] = exp2(splat(own->top[r] - top))[0];
-            own->top[r] = top;
-            totals *= splat(own->shrink[r]);
+        F part = {};
+        if (!FIRST) part = raise();
+        const bool grows = FIRST || above(part, SLACK);
+        if (__builtin_expect(grows, FIRST)) {
+            F high = s[0];
+            for (int j = 1; j < BLOCK / W; ++j) high = larger(high, s[j]);
+            const F by = splat(largest(high)), shrink = FIRST ? splat(1.f) : exp2(-by);
+            own->shrink[r] = shrink[0];
+            totals *= shrink;
+            store(own->low + r * W, load<F>(own->low + r * W) - by);
+            for (int j = 0; j < BLOCK / W; ++j) s[j] -= by;
+            part = raise();
         }
-        const F by = splat(own->top[r]);
-        F e[BLOCK / W];
-        for (int j = 0; j < BLOCK / W; ++j) e[j] = exp2_rough(s[j] - by);
         for (int j = 0; j < BLOCK / W; j += 2) narrow_two(weights + j * W, e[j], e[j + 1]);
-        store(own->total + r * W, totals + ((e[0] + e[1]) + (e[2] + e[3])));
+        store(own->total + r * W, totals + part);
         return grows;
     }
 
