@@ -71,7 +71,7 @@ class Probe:
         for rows in ROWS[self._device.type]:
             for number, (outputs, inputs) in enumerate(self._shapes.products):
                 weight = torch.randn(outputs, inputs, device=self._device).to(self._dtype)
-                x = torch.randn(rows + COLUMNS, inputs, device=self._device).to(self._dtype)
+                x = torch.randn(rows, inputs, device=self._device).to(self._dtype)
                 for way, run in self._ways(x, weight, rows).items():
                     name = f"product {number}, {way}, {rows} x {inputs} x {outputs}"
                     self._products.setdefault(f"{way}, {rows}", []).append((name, 2.0 * rows * inputs * outputs))
@@ -79,14 +79,14 @@ class Probe:
         return cases
 
     def _ways(self, x: Tensor, weight: Tensor, rows: int) -> dict[str, Callable[[], object]]:
-        ways: dict[str, Callable[[], object]] = {"torch": lambda: linear(x[:rows], weight)}
+        ways: dict[str, Callable[[], object]] = {"torch": lambda: linear(x, weight)}
         if packable(self._device, self._dtype):
             bare = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
             bare.weight.data = weight
             packed = PackedLinear(bare)
-            ways["oneDNN packed"] = lambda: packed(x[:rows])
+            ways["oneDNN packed"] = lambda: packed(x)
         if self._native is not None:
-            ways["native"] = native_product(self._native, x, weight, rows)
+            ways["native"] = native_product(self._native, x, weight)
         return ways
 
     def _streams(self) -> list[Case]:
@@ -116,20 +116,30 @@ class Probe:
         return both
 
 
-def native_product(kernels: ctypes.CDLL, x: Tensor, weight: Tensor, rows: int) -> Callable[[], Tensor]:
-    """x `[rows and room for 32 more, inputs]` times weight `[outputs, inputs]` transposed, by our kernels → `[rows, outputs]`."""
-    (outputs, inputs), bf16 = weight.shape, weight.dtype is torch.bfloat16
+def native_product(kernels: ctypes.CDLL, x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """x `[rows, inputs]` times weight `[outputs, inputs]` transposed, by our kernels → `[rows, outputs]`. Input and output are `arranged`,
+    as they are inside a launch."""
+    rows, (outputs, inputs), bf16 = len(x), weight.shape, weight.dtype is torch.bfloat16
     lanes = inputs * weight.element_size() // 4
     packed = np.empty(outputs * lanes, dtype=np.uint32)
     kernels.baton_pack(weight.data_ptr(), outputs, lanes, packed.ctypes.data)
-    out = torch.empty(rows, outputs, dtype=weight.dtype)
+    given = arranged(kernels, x)
+    out = torch.empty(rows + COLUMNS, outputs, dtype=weight.dtype)
 
     def run() -> Tensor:
         threads = torch.get_num_threads()
-        kernels.baton_gemm(int(bf16), x.data_ptr(), packed.ctypes.data, rows, outputs, inputs, threads, out.data_ptr())
+        kernels.baton_gemm(int(bf16), given.data_ptr(), packed.ctypes.data, rows, outputs, inputs, threads, out.data_ptr())
         return out
 
     return run
+
+
+def arranged(kernels: ctypes.CDLL, values: Tensor, back: int = 0) -> Tensor:
+    """Rows `[rows, width]` in the order in which the kernels want them, with room for 32 more behind; or `back` that many of them."""
+    rows, width = back or len(values), values.shape[1]
+    found = torch.zeros(rows if back else rows + COLUMNS, width, dtype=values.dtype)
+    kernels.baton_arrange(int(values.dtype is torch.bfloat16), values.contiguous().data_ptr(), rows, width, int(back > 0), found.data_ptr())
+    return found
 
 
 def _native(device: torch.device, dtype: torch.dtype, shapes: Shapes) -> ctypes.CDLL | None:

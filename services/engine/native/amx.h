@@ -10,7 +10,12 @@
 namespace baton {
 
 struct Amx : Bf16 {
-    static constexpr int rows = 32, unit = 16;
+    static constexpr int rows = 32, unit = 16, piece = 9 * W;
+    // Pieces of 16 rows and 32 columns, one behind the other: of bfloat16 each is a tile. What a product writes then lies together, where
+    // rows of a wide matrix would cost a cache line of their own for each 32 columns.
+    static INLINE long place(long row, long column, long width) {
+        return (row / 16 * (width / 32) + column / 32) * 512 + row % 16 * 32 + column % 32;
+    }
     struct Session {  // tiles of 16 x 64 bytes, for this thread
         Session() {
             struct alignas(64) {
@@ -28,28 +33,30 @@ struct Amx : Bf16 {
 // What has been written must lie in memory when tiles are read from it: GCC's tile loads do not tell the compiler that they read.
 INLINE void written() { __asm__ volatile("" ::: "memory"); }
 
-// Sums of up to 32 rows (`depth` lanes each, a multiple of 16) with 32 columns; strides in lanes; `besides` is done once for each sixteen lanes.
-// Tiles: 0-3 sums, 4-5 rows, 6-7 columns.
-template <bool BOTH, class Besides>
-INLINE void amx_product(const uint32_t* a, long a_row, const uint32_t* left, const uint32_t* right, long b_lane, long depth, Besides besides) {
-    written();
-    for (long k = 0; k < depth; k += W) {
-        besides();
-        _tile_loadd(6, left + k * b_lane, b_lane * 4);
-        _tile_loadd(4, a + k, a_row * 4);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, right + k * b_lane, b_lane * 4);
-        _tile_dpbf16ps(1, 4, 7);
-        if (BOTH) {
-            _tile_loadd(5, a + W * a_row + k, a_row * 4);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-}
+// Left-hand tiles: 16 rows each, `row` lanes apart; the next 32 elements of all rows stand `step` lanes behind, the next 16 rows `down`.
+struct Left {
+    const uint32_t* at;
+    long row, step, down;
+};
+// Right-hand tiles: sixteen lanes of 16 columns below each other, `lane` lanes apart.
+struct Right {
+    const uint32_t *near, *far;
+    long lane;
+};
+
+// The `k`-th 32 elements of up to 32 rows times those of 32 columns. Tiles: 0-3 sums, 4-5 rows, 6-7 columns.
 template <bool BOTH>
-INLINE void amx_product(const uint32_t* a, long a_row, const uint32_t* left, const uint32_t* right, long b_lane, long depth) {
-    amx_product<BOTH>(a, a_row, left, right, b_lane, depth, [] {});
+INLINE void amx_step(const Left& a, const Right& b, long k) {
+    _tile_loadd(6, b.near + k * W * b.lane, b.lane * 4);
+    _tile_loadd(4, a.at + k * a.step, a.row * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b.far + k * W * b.lane, b.lane * 4);
+    _tile_dpbf16ps(1, 4, 7);
+    if (BOTH) {
+        _tile_loadd(5, a.at + a.down + k * a.step, a.row * 4);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
 }
 template <bool BOTH>
 INLINE void amx_clear() {

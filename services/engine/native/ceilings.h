@@ -5,7 +5,19 @@
 
 namespace baton {
 
-// out `[rows, columns]` = activations `[rows, inner]` times packed weights; `columns` is a multiple of 32.
+// Elements `[rows, width]`, row by row, to where E places them, or back; `width` is a multiple of 32.
+template <class E>
+void arrange(const void* from, long rows, long width, bool back, void* to) {
+    using T = typename E::T;
+    const T* source = static_cast<const T*>(from);
+    for (long r = 0; r < rows; ++r)
+        for (long i = 0; i < width; i += W) {
+            const long plain = r * width + i, placed = E::place(r, i, width);
+            memcpy(static_cast<T*>(to) + (back ? plain : placed), source + (back ? placed : plain), W * sizeof(T));
+        }
+}
+
+// As E places them: out `[rows, columns]` = activations `[rows, inner]` times packed weights; `columns` is a multiple of 32.
 template <class E>
 void bare_gemm(const void* activations, const uint32_t* weights, long rows, long columns, long inner, int threads, void* out) {
     using T = typename E::T;
@@ -14,8 +26,8 @@ void bare_gemm(const void* activations, const uint32_t* weights, long rows, long
         T* to = static_cast<T*>(out) + first * columns;
         const auto* a = static_cast<const T*>(activations) + first * inner;
         gemm<E>(a, weights, std::min(block, rows - first), columns, inner, threads, [&](long row, long column, F x, F y) {
-            E::narrow(to + row * columns + column, x);
-            E::narrow(to + row * columns + column + W, y);
+            E::narrow(to + E::place(row, column, columns), x);
+            E::narrow(to + E::place(row, column + W, columns), y);
         });
     }
 }

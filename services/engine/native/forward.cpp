@@ -12,6 +12,8 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#include "amx_decode.h"
+#include "amx_prefill.h"
 #include "attention.h"
 #include "ceilings.h"
 
@@ -73,32 +75,37 @@ struct Workspace {  // grows to the largest launch, then stays; in huge pages
     }
 };
 
+// RMS norm of `count` rows `[n]` of x, as E places them.
 template <class E>
-void norm(const float* x, const float* weight, long n, float epsilon, typename E::T* out) {
-    F squares = {};
+INLINE void norm(const float* x, const float* weight, long count, long n, float epsilon, typename E::T* out) {
+    F by[E::unit] = {};
+    for (long i = 0; i < n; i += W)
+        for (long r = 0; r < count; ++r) {
+            const F v = load<F>(x + E::place(r, i, n));
+            by[r] += v * v;
+        }
+    for (long r = 0; r < count; ++r) by[r] = splat(1 / std::sqrt(sum(by[r]) / n + epsilon));
     for (long i = 0; i < n; i += W) {
-        F v = load<F>(x + i);
-        squares += v * v;
+        const F w = load<F>(weight + i);
+        for (long r = 0; r < count; ++r) E::narrow(out + E::place(r, i, n), load<F>(x + E::place(r, i, n)) * by[r] * w);
     }
-    const F by = splat(1 / std::sqrt(sum(squares) / n + epsilon));
-    for (long i = 0; i < n; i += W) E::narrow(out + i, load<F>(x + i) * by * load<F>(weight + i));
 }
 
-// Rotary embedding of one head `[head_dim]` in halves, with its norm before and `scale` behind it.
-template <class E>
-void rotate(float* x, const float* weight, float epsilon, const float* cos, const float* sin, float scale, long dim, typename E::T* out) {
-    if (weight) norm<Float>(x, weight, dim, epsilon, x);
+// Rotary embedding of one head `[head_dim]` in halves, with its norm before and `scale` behind it; out(column, 16 elements).
+template <class Out>
+INLINE void rotate(float* x, const float* weight, float epsilon, const float* cos, const float* sin, float scale, long dim, const Out& out) {
+    if (weight) norm<Float>(x, weight, 1, dim, epsilon, x);
     for (long i = 0; i < dim / 2; i += W) {
         const F a = load<F>(x + i), b = load<F>(x + dim / 2 + i), c = load<F>(cos + i) * splat(scale), s = load<F>(sin + i) * splat(scale);
-        E::narrow(out + i, a * c - b * s);
-        E::narrow(out + dim / 2 + i, b * c + a * s);
+        out(i, a * c - b * s);
+        out(dim / 2 + i, b * c + a * s);
     }
 }
 
 INLINE F silu(F x) { return x * inverse(splat(1.f) + exp2(x * splat(-1.44269504f))); }
 
 template <class E>
-void attend(const Model& m, const Launch& l, const Pages& pages, const typename E::T* q, typename E::T* out, Workspace& space) {
+void attend(const Model& m, const Launch& l, const Pages& pages, typename E::T* q, Workspace& space) {
     const long dim = m.head_dim, group = m.heads / m.kv_heads, width = m.heads * dim, lanes = dim / E::step;
     std::vector<const Chunk*> singles;
     for (long i = 0; i < l.chunks; ++i) {
@@ -109,14 +116,14 @@ void attend(const Model& m, const Launch& l, const Pages& pages, const typename 
             singles.push_back(&c);
             continue;
         }
-        const long room = padded(tokens), count = QUERY_ROWS / group > 0 ? QUERY_ROWS / group : 1;
+        const long room = padded(tokens);
         auto* keys = space.take<uint32_t>(5, m.kv_heads * room * lanes);
         auto* values = space.take<uint32_t>(6, m.kv_heads * room * lanes);
-        const long blocks = (c.tokens + count - 1) / count;
+        const long blocks = Prefill<E>::blocks(c.tokens, group);
 #pragma omp parallel num_threads(l.threads) if (l.threads > 1)
         {
             typename E::Session session;
-            Block block(E::rows, dim);
+            Prefill<E> prefill(dim);
 #pragma omp for
             for (long t = 0; t < m.kv_heads * (room / W); ++t) {
                 const long head = t / (room / W);
@@ -124,10 +131,9 @@ void attend(const Model& m, const Launch& l, const Pages& pages, const typename 
             }
 #pragma omp for schedule(dynamic)
             for (long t = 0; t < m.kv_heads * blocks; ++t) {
-                const long head = t % m.kv_heads, first = (blocks - 1 - t / m.kv_heads) * count;  // the longest first
-                const long at = c.first * width + head * group * dim;
-                prefill<E>(keys + head * room * lanes, values + head * room * lanes, c.start, first, std::min(count, c.tokens - first), group,
-                           dim, q + at, out + at, width, block);
+                const long head = t % m.kv_heads, more = head * room * lanes;
+                prefill.run({keys + more, values + more, c.start, c.tokens, group, dim}, {q, c.first, head * group * dim, width},
+                            blocks - 1 - t / m.kv_heads);  // the longest first
             }
         }
     }
@@ -147,14 +153,14 @@ void attend(const Model& m, const Launch& l, const Pages& pages, const typename 
 #pragma omp for schedule(dynamic)
         for (long t = 0; t < long(singles.size()) * m.kv_heads; ++t) {
             const Chunk& c = *singles[t / m.kv_heads];
-            const long head = t % m.kv_heads, at = c.first * width + head * group * dim;
-            decode<E>(pages, l.table + c.pages, c.start + 1, head, group, q + at, out + at, mine);
+            const long head = t % m.kv_heads;
+            decode<E>(pages, l.table + c.pages, c.start + 1, head, group, {q, c.first, head * group * dim, width}, mine);
         }
     }
 }
 
 // Tokens that pass through a layer's products together: each time its weights come from memory once, and activations from a cache.
-constexpr long BLOCK_TOKENS = 512;
+constexpr long BLOCK_TOKENS = MOST_ROWS;
 
 template <class E>
 struct Forward {
@@ -166,9 +172,9 @@ struct Forward {
     const long width = q_width + 2 * kv_width, room = (width + COLUMNS - 1) / COLUMNS * COLUMNS;
     const long block = std::min(BLOCK_TOKENS, std::max(tokens, long(l.draws)));
     const int threads = l.threads;
-    float* x = space.take<float>(0, tokens * hidden);                          // residuals
+    float* x = space.take<float>(0, (tokens + E::unit) * hidden);                // residuals; all of these as E places them
     T* normed = space.take<T>(1, (block + E::unit) * hidden);                  // of a block, as are the next and the last
-    float* qkv = space.take<float>(2, block * room);
+    float* qkv = space.take<float>(2, (block + E::unit) * room);
     T* q = space.take<T>(3, (tokens + E::unit) * q_width);                     // queries, and then what attention makes of them
     T* inner = space.take<T>(4, (block + E::unit) * m.inner);
     std::vector<const Chunk*> owner = std::vector<const Chunk*>(tokens);
@@ -176,11 +182,11 @@ struct Forward {
     void run() {
         for (long i = 0; i < l.chunks; ++i) std::fill_n(owner.begin() + l.chunk[i].first, l.chunk[i].tokens, l.chunk + i);
         for (long t = 0; t < tokens; ++t)
-            for (long i = 0; i < hidden; i += W) store(x + t * hidden + i, E::widen(static_cast<const T*>(m.embedding) + l.ids[t] * hidden + i));
+            for (long i = 0; i < hidden; i += W) store(x + E::place(t, i, hidden), E::widen(static_cast<const T*>(m.embedding) + l.ids[t] * hidden + i));
         for (long n = 0; n < m.layers; ++n) {
             const Pages pages{l.pool, m.layers, m.kv_heads, l.page_tokens, dim, n};
             for (long t = 0; t < tokens; t += block) before(m.layer[n], pages, t, std::min(block, tokens - t));
-            attend<E>(m, l, pages, q, q, space);
+            attend<E>(m, l, pages, q, space);
             for (long t = 0; t < tokens; t += block) behind(m.layer[n], t, std::min(block, tokens - t));
         }
         for (long i = 0; i < l.draws; i += block) logits(i, std::min(block, l.draws - i));
@@ -191,41 +197,51 @@ struct Forward {
         norms(first, count, layer.input_norm);
         gemm<E>(normed, layer.qkv, count, width, hidden, threads, [&](long row, long column, F a, F b) {
             if (layer.bias) a += load<F>(layer.bias + column), b += load<F>(layer.bias + column + W);
-            store(qkv + row * room + column, a);
-            store(qkv + row * room + column + W, b);
+            store(qkv + E::place(row, column, room), a);
+            store(qkv + E::place(row, column + W, room), b);
         });
 #pragma omp parallel for num_threads(threads) if (threads > 1)
         for (long i = 0; i < count; ++i) {
             const long t = first + i, position = l.positions[t], at = position % l.page_tokens;
             const long page = l.table[owner[t]->pages + position / l.page_tokens];
             const float *cos = m.cos + position * (dim / 2), *sin = m.sin + position * (dim / 2);
-            float* row = qkv + i * room;
+            float own[256];
+            const auto head = [&](long column) {
+                for (long c = 0; c < dim; c += W) store(own + c, load<F>(qkv + E::place(i, column + c, room)));
+                return own;
+            };
             for (long h = 0; h < m.heads; ++h)
-                rotate<E>(row + h * dim, layer.q_norm, m.epsilon, cos, sin, m.scale * 1.44269504f, dim, q + t * q_width + h * dim);
+                rotate(head(h * dim), layer.q_norm, m.epsilon, cos, sin, m.scale * 1.44269504f, dim,
+                       [&](long c, F v) { E::narrow(q + E::place(t, h * dim + c, q_width), v); });
             for (long h = 0; h < m.kv_heads; ++h) {
-                rotate<E>(row + q_width + h * dim, layer.k_norm, m.epsilon, cos, sin, 1, dim, pages.row<E>(page, 0, h, at));
-                T* value = pages.row<E>(page, 1, h, at);
-                for (long c = 0; c < dim; c += W) E::narrow(value + c, load<F>(row + q_width + kv_width + h * dim + c));
+                T *key = pages.row<E>(page, 0, h, at), *value = pages.row<E>(page, 1, h, at);
+                rotate(head(q_width + h * dim), layer.k_norm, m.epsilon, cos, sin, 1, dim, [&](long c, F v) { E::narrow(key + c, v); });
+                for (long c = 0; c < dim; c += W) E::narrow(value + c, load<F>(qkv + E::place(i, q_width + kv_width + h * dim + c, room)));
             }
         }
     }
 
     void behind(const Layer& layer, long first, long count) {
         const auto add = [&](long row, long column, F a, F b) {
-            float* to = x + (first + row) * hidden + column;
+            float *to = x + E::place(first + row, column, hidden), *next = x + E::place(first + row, column + W, hidden);
             store(to, load<F>(to) + a);
-            store(to + W, load<F>(to + W) + b);
+            store(next, load<F>(next) + b);
         };
         gemm<E>(q + first * q_width, layer.o, count, hidden, q_width, threads, add);
         norms(first, count, layer.output_norm);
         gemm<E>(normed, layer.gate_up, count, 2 * m.inner, hidden, threads,
-                [&](long row, long column, F gate, F up) { E::narrow(inner + row * m.inner + column / 2, silu(gate) * up); });
+                [&](long row, long column, F gate, F up) { E::narrow(inner + E::place(row, column / 2, m.inner), silu(gate) * up); });
         gemm<E>(inner, layer.down, count, hidden, m.inner, threads, add);
     }
 
     void logits(long first, long count) {
         const long vocabulary = (m.vocabulary + COLUMNS - 1) / COLUMNS * COLUMNS;
-        for (long i = 0; i < count; ++i) norm<E>(x + l.keep[first + i] * hidden, m.final_norm, hidden, m.epsilon, normed + i * hidden);
+        for (long i = 0; i < count; ++i) {
+            float* row = qkv;
+            for (long c = 0; c < hidden; c += W) store(row + c, load<F>(x + E::place(l.keep[first + i], c, hidden)));
+            norm<Float>(row, m.final_norm, 1, hidden, m.epsilon, row);
+            for (long c = 0; c < hidden; c += W) E::narrow(normed + E::place(i, c, hidden), load<F>(row + c));
+        }
         gemm<E>(normed, m.head, count, m.vocabulary, hidden, threads, [&](long row, long column, F a, F b) {
             float* to = l.logits + (first + row) * vocabulary + column;
             store(to, a);
@@ -235,7 +251,8 @@ struct Forward {
 
     void norms(long first, long count, const float* weight) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-        for (long i = 0; i < count; ++i) norm<E>(x + (first + i) * hidden, weight, hidden, m.epsilon, normed + i * hidden);
+        for (long i = 0; i < count; i += E::unit)
+            norm<E>(x + (first + i) * hidden, weight, std::min(long(E::unit), count - i), hidden, m.epsilon, normed + i * hidden);
     }
 };
 
@@ -261,7 +278,15 @@ void baton_pack(const uint32_t* from, int64_t rows, int64_t lanes, uint32_t* to)
         for (int64_t k = 0; k < lanes; ++k) to[n / 32 * lanes * 32 + k * 32 + n % 32] = n < rows ? from[n * lanes + k] : 0;
 }
 
-// For the benchmark. `inner` is a multiple of 32; behind `rows` of activations there is room for 16 more.
+// For the benchmark: rows to where the kernels want them, or back.
+void baton_arrange(int64_t bf16, const void* from, int64_t rows, int64_t width, int64_t back, void* to) {
+#ifdef __AMX_BF16__
+    if (bf16) return baton::arrange<baton::Amx>(from, rows, width, back, to);
+#endif
+    bf16 ? baton::arrange<baton::Bf16>(from, rows, width, back, to) : baton::arrange<baton::Float>(from, rows, width, back, to);
+}
+
+// For the benchmark, on arranged rows. `inner` is a multiple of 32; behind `rows` there is room for 16 more.
 void baton_gemm(int64_t bf16, const void* activations, const uint32_t* weights, int64_t rows, int64_t columns, int64_t inner, int64_t threads,
                 void* out) {
 #ifdef __AMX_BF16__

@@ -49,56 +49,72 @@ struct Ahead {
     long lines;
 };
 
-// to `[rows][32]` = a `[rows][depth]` times one panel. `rows` is at most E::rows.
+// `depth` of a row's `all` lanes, from `first` on.
+struct Piece {
+    long first, depth, all;
+};
+
+// to `[rows][32]` = a `[rows][all]` (as E places them) times one panel: `depth` lanes of it, the sums of those before are in `to`. `rows` is
+// at most E::rows.
 template <class E>
-void product(int rows, const uint32_t* a, const uint32_t* panel, long depth, Ahead, float* to) {
-    vector_tile<E>(std::make_integer_sequence<int, E::rows>(), rows, a, panel, depth, to);
+void product(int rows, const uint32_t* a, const uint32_t* panel, Piece piece, Ahead&, float* to) {
+    vector_tile<E>(std::make_integer_sequence<int, E::rows>(), rows, a, panel, piece.all, to);
 }
 
 #ifdef __AMX_BF16__
-template <>
-inline void product<Amx>(int rows, const uint32_t* a, const uint32_t* panel, long depth, Ahead ahead, float* to) {
-    const auto fetch = [&] {
+template <bool BOTH>
+INLINE void amx_product(const uint32_t* a, const uint32_t* panel, Piece piece, Ahead& ahead, float* to) {
+    const Left left{a + piece.first * W, W, W * W, W * piece.all};
+    const Right right{panel + piece.first * COLUMNS, panel + piece.first * COLUMNS + W, COLUMNS};
+    piece.first ? amx_load<BOTH>(to, COLUMNS) : amx_clear<BOTH>();
+    written();
+    for (long k = 0; k < piece.depth / W; ++k) {
         for (long i = 0; i < ahead.lines; ++i, ahead.from += W) __builtin_prefetch(ahead.from, 0, 2);
-    };
-    if (rows > W) {
-        amx_clear<true>();
-        amx_product<true>(a, depth, panel, panel + W, COLUMNS, depth, fetch);
-        amx_store<true>(to, COLUMNS);
-    } else {
-        amx_clear<false>();
-        amx_product<false>(a, depth, panel, panel + W, COLUMNS, depth, fetch);
-        amx_store<false>(to, COLUMNS);
+        amx_step<BOTH>(left, right, k);
     }
+    amx_store<BOTH>(to, COLUMNS);
+}
+template <>
+inline void product<Amx>(int rows, const uint32_t* a, const uint32_t* panel, Piece piece, Ahead& ahead, float* to) {
+    rows > W ? amx_product<true>(a, panel, piece, ahead, to) : amx_product<false>(a, panel, piece, ahead, to);
 }
 #endif
 
-// out(row, column, v0, v1) is called for every row and every 32 columns with the sums of a `[rows, K]` times weights `[columns, K]`. All
-// panels pass by all rows.
+// Rows that `gemm` takes at most.
+constexpr long MOST_ROWS = 512;
+
+// out(row, column, v0, v1) is called for every row and every 32 columns with the sums of a `[rows, K]` (as E places them) times weights
+// `[columns, K]`. Each panel passes by all rows, piece by piece.
 template <class E, class Out>
 void gemm(const typename E::T* activations, const uint32_t* weights, long rows, long columns, long inner, int threads, const Out& out) {
     const auto* a = reinterpret_cast<const uint32_t*>(activations);
     const long depth = inner / E::step, panels = (columns + COLUMNS - 1) / COLUMNS, size = depth * COLUMNS;
     const long units = (rows + E::unit - 1) / E::unit, tiles = (rows + E::rows - 1) / E::rows;
+    const long pieces = E::piece && tiles > 1 ? (depth + E::piece - 1) / E::piece : 1;
     const long share = std::max(1l, panels / (4 * threads)), parts = (panels + share - 1) / share;
     const auto start = [&](long t) { return std::min(rows, units * t / tiles * E::unit); };
+    const auto cut = [&](long n) { return depth / W * n / pieces * W; };
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         typename E::Session session;
-        alignas(64) float sums[2][E::rows * COLUMNS];  // what is made of one tile's sums overlaps with the next tile's products
+        alignas(64) float all[(MOST_ROWS + E::rows) * COLUMNS];
+        // Sums of a whole depth need two places: what is made of one tile's sums overlaps with the next tile's products.
+        const auto sums = [&](long t) { return all + (pieces > 1 ? t : t % 2) * E::rows * COLUMNS; };
         const auto finish = [&](long p, long t) {
-            const float* from = sums[t % 2];
+            const float* from = sums(t);
             for (long row = start(t); row < start(t + 1); ++row, from += COLUMNS) out(row, p * COLUMNS, load<F>(from), load<F>(from + W));
         };
 #pragma omp for schedule(dynamic)
         for (long part = 0; part < parts; ++part)
             for (long p = part * share; p < std::min(panels, (part + 1) * share); ++p) {
                 const uint32_t* panel = weights + p * size;
-                for (long t = 0; t < tiles; ++t) {
-                    const Ahead ahead = {panel + (tiles > 1 ? size + size * t / tiles / W * W : 2 * W * COLUMNS), (2 * W + tiles - 1) / tiles};
-                    product<E>(start(t + 1) - start(t), a + start(t) * depth, panel, depth, ahead, sums[t % 2]);
-                    if (t) finish(p, t - 1);
-                }
+                Ahead ahead = {panel + (tiles > 1 ? size : 2 * W * COLUMNS), (2 * W + tiles - 1) / tiles};
+                for (long n = 0; n < pieces; ++n)
+                    for (long t = 0; t < tiles; ++t) {
+                        const Piece piece = {cut(n), pieces > 1 ? cut(n + 1) - cut(n) : depth, depth};
+                        product<E>(start(t + 1) - start(t), a + start(t) * depth, panel, piece, ahead, sums(t));
+                        if (t && n == pieces - 1) finish(p, t - 1);
+                    }
                 finish(p, tiles - 1);
             }
     }

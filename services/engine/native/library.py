@@ -44,6 +44,8 @@ def functions(path: Path) -> ctypes.CDLL:
     found.baton_forward.restype = None
     found.baton_pack.argtypes = [c_void_p, c_int64, c_int64, c_void_p]
     found.baton_pack.restype = None
+    found.baton_arrange.argtypes = [c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p]
+    found.baton_arrange.restype = None
     found.baton_gemm.argtypes = [c_int64, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p]
     found.baton_gemm.restype = None
     found.baton_read.argtypes = [c_void_p, c_int64, c_int64]
