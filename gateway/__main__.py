@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from common.faults import parse
 from common.names import BEAT_S
 from common.queue import connect
 from common.service import Service, end, leave, run
@@ -24,6 +25,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
     check_open(settings.http_host, keys=access is not None, anyone=settings.allow_anonymous == "anyone")
     model = await asyncio.to_thread(Model, settings.model, settings.model_name)
     redis = connect(settings.redis_url)
+    metrics = Metrics()
     desk = LiveDesk(
         service.incarnation,
         redis,
@@ -32,8 +34,9 @@ async def main(settings: GatewaySettings, service: Service) -> None:
         model.hash,
         max_running=settings.max_running,
         max_queued=settings.max_queued,
+        fault=parse(settings.message_fault),
+        on_reenqueued=metrics.reenqueue.observe,
     )
-    metrics = Metrics()
     bounds = Bounds(settings.max_body_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)
     server = HttpServer(
         create_app(desk, model, bounds, metrics, access, origins),

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from redis.asyncio import Redis
 
 from common.beats import Liveness
 from common.control import ControlClient
 from common.errors import BadRequest, Overloaded, QueueError, Unavailable
+from common.faults import NONE, MessageFault
 from common.fleet import Fleet
 from common.logs import get_logger
 from common.messages import PROTOCOL, GatewayBeat, Identity, Incarnation, Introduction, Job, Letter, Mismatch, Parcel, WorkerBeat
@@ -61,16 +62,28 @@ class LiveDesk:
     """The gateway's Desk over a real fleet. `start` sets it going."""
 
     def __init__(
-        self, incarnation: Incarnation, redis: Redis, fleet: str, host: str, tokenizer: str, *, max_running: int, max_queued: int
+        self,
+        incarnation: Incarnation,
+        redis: Redis,
+        fleet: str,
+        host: str,
+        tokenizer: str,
+        *,
+        max_running: int,
+        max_queued: int,
+        fault: MessageFault = NONE,
+        on_reenqueued: Callable[[float], None] = lambda seconds: None,
     ) -> None:
+        """`on_reenqueued`: seconds from the last word of a lost worker to the new attempt in the queue."""
         self._incarnation = incarnation
         self._redis = redis
         self._fleet_name = fleet
         self._fleet = Fleet(redis, fleet)
         self._tokenizer = tokenizer
         self._max_running, self._max_queued = max_running, max_queued
+        self._on_reenqueued = on_reenqueued
         self._subscriber = TokenSubscriber(incarnation, host, self._parcel)
-        self._control = ControlClient(incarnation, self._letter)
+        self._control = ControlClient(incarnation, self._letter, fault)
         self._ledger = Ledger(incarnation, self._subscriber.address)
         self._liveness = Liveness()
         self._beats: dict[Incarnation, WorkerBeat] = {}
@@ -297,8 +310,8 @@ class LiveDesk:
         assert self._queue is not None
         try:
             match action:
-                case Put(job, job_class):
-                    await self._put(job, job_class)
+                case Put(job, job_class, silent_since):
+                    await self._put(job, job_class, silent_since)
                 case Remove(entry):
                     await self._queue.remove(entry)
                 case Bury(job, reason):
@@ -308,7 +321,7 @@ class LiveDesk:
             return False
         return True
 
-    async def _put(self, job: Job, job_class: str) -> None:
+    async def _put(self, job: Job, job_class: str, silent_since: float | None) -> None:
         """One XADD; the ledger hears how it went. A suspicious request waits until no other one runs alone in the fleet."""
         assert self._queue is not None
         choice = job.choices[0]
@@ -322,6 +335,8 @@ class LiveDesk:
             log.warning("a job was not put", request=job.request_id, attempt=choice.attempt, error=error)
             self._do(self._ledger.put_failed(job.request_id, choice.choice, choice.attempt, time.monotonic()))
         else:
+            if silent_since is not None:
+                self._on_reenqueued(time.monotonic() - silent_since)
             self._do(self._ledger.put(job.request_id, choice.choice, choice.attempt, entry))
 
     async def _put_twice(self, job: Job, job_class: str) -> Entry:
