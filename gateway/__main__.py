@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 from common.faults import parse
 from common.names import BEAT_S
@@ -14,7 +15,7 @@ from gateway.app import Bounds, create_app
 from gateway.desk import LiveDesk
 from gateway.metrics import Metrics
 from gateway.prompts import Model
-from gateway.server import HttpServer, check_open
+from gateway.server import GRACE_S, HttpServer, check_open
 
 BODY_S = 30.0
 
@@ -54,8 +55,9 @@ async def main(settings: GatewaySettings, service: Service) -> None:
             http = tasks.create_task(server.run(), name="http")
             service.ready(http_host=settings.http_host, http_port=server.port)
             await service.stopping.wait()
+            until = time.monotonic() + settings.drain_s
             await desk.drain(settings.drain_s)
-            server.stop()
+            server.stop(max(GRACE_S, until - time.monotonic()))
             await http
             await end(*own)
     finally:

@@ -22,7 +22,7 @@ from common.queue import Entry, JobQueue
 from common.tokens import TokenSubscriber
 from gateway.ask import Ask, Timeline, Update
 from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
-from gateway.ledger import FlightId, Ledger
+from gateway.ledger import AGAIN_S, FlightId, Ledger
 
 log = get_logger(__name__)
 
@@ -107,6 +107,10 @@ class LiveDesk:
         return self._identity
 
     @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
     def recoveries(self) -> int:
         """Attempts started anew since the start."""
         return self._ledger.recoveries
@@ -155,15 +159,17 @@ class LiveDesk:
 
     def _admit(self, ask: Ask) -> None:
         if self._draining:
-            raise Unavailable("the gateway is shutting down")
+            raise Unavailable("the gateway is shutting down: ask another one", retry_after_s=AGAIN_S)
+        if self._fleet.away:
+            raise Unavailable("the job queue cannot be reached: try again later", retry_after_s=AGAIN_S)
         identity = self._identity
         roles = self.roles()
         if identity is None or self._queue is None:
-            raise Unavailable("no worker has joined the fleet yet: start a prefill and a decode")
+            raise Unavailable("no worker has joined the fleet yet: start a prefill and a decode", retry_after_s=AGAIN_S)
         if not roles.get("colocated"):
             missing = [role for role in ("prefill", "decode") if not roles.get(role)]
             if missing:
-                raise Unavailable(f"no live {' and no live '.join(missing)} worker")
+                raise Unavailable(f"no live {' and no live '.join(missing)} worker", retry_after_s=AGAIN_S)
         tokens = len(ask.prompt) + ask.max_tokens
         limit = identity.max_request_pages * identity.page_tokens
         if tokens > limit:
@@ -345,5 +351,7 @@ class LiveDesk:
         try:
             return await self._queue.put(job, job_class)
         except QueueError:
+            if self._fleet.away:
+                raise
             await self._redis.connection_pool.disconnect(inuse_connections=False)
             return await self._queue.put(job, job_class)

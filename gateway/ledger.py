@@ -38,6 +38,8 @@ from gateway.flight import Action, Bury, End, Flight, Put, Remove, Show, Tell
 FlightId: TypeAlias = tuple[str, int]
 
 PUT_RETRY_S = 0.5
+AGAIN_S = 2.0
+"""Who is refused because Redis or the workers are away comes back after this."""
 ALONE_AT = 2
 """Deaths during a launch of the request after which it runs alone; one more ends it (rule 11)."""
 
@@ -87,7 +89,7 @@ class Ledger:
         if flight.execution is not None:
             return []  # it had entered all the same
         if attempt == 1:
-            return self._end(flight, now, error=Unavailable("the job queue cannot be reached: try again later"))
+            return self._end(flight, now, error=Unavailable("the job queue cannot be reached: try again later", retry_after_s=AGAIN_S))
         flight.put_again_at = now + PUT_RETRY_S
         return []
 

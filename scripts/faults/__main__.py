@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -81,7 +82,7 @@ def shape(model: Path, chosen: argparse.Namespace) -> Shape:
         dtype="float32",
         model_name="smollm2",
         worker_flags=flags,
-        role_flags={"gateway": {"drain_s": "60"}},
+        role_flags={"gateway": {"drain_s": "150"}},
         env={"UCX_TLS": "tcp,self"} if chosen.transport == "tcp" else {},
     )
 
@@ -137,6 +138,7 @@ def settle(system: System) -> dict[str, dict[str, float]]:
 
 def main() -> int:
     chosen = options()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     say = Progress()
     try:
         model = obtain(None, say)
@@ -154,6 +156,9 @@ def main() -> int:
     except (ClusterError, ModelError, WorkloadError) as error:
         print(f"./scripts/chaos: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        say("stopped")
+        return 130
     print(json.dumps(result), flush=True)
     return int(bool(result["failures"]))
 

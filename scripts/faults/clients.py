@@ -27,7 +27,7 @@ STALLED_S = (2.0, 12.0)
 """A stalled client takes nothing for so long, once."""
 SMALL_BUFFER = 4096
 """Bytes that the kernel keeps for a client that does not read."""
-PATIENCE_S = 150.0
+PATIENCE_S = 240.0
 """Whoever is not served by then is lost."""
 AGAIN_S = 0.5
 """A client that was refused without being told when to come back."""

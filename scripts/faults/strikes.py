@@ -18,7 +18,7 @@ from scripts.launcher.child import Child
 LOOK_S = 0.25
 AGAIN_S = 1.0
 """A process that ended by itself is started again after this long."""
-DRAIN_S = 60.0
+DRAIN_S = 170.0
 """A process that has not drained by then has failed."""
 UNCLEAR_S = 4.0
 """So long after Redis or a gateway was away, what a gateway measures of others' deaths says nothing."""
