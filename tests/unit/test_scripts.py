@@ -27,6 +27,7 @@ def test_the_commands_are_found() -> None:
         "scripts.launcher",
         "scripts.load",
         "scripts.faults",
+        "scripts.faults.soak",
         "scripts.trials.engine",
         "scripts.trials.handoff",
         "services.transfer.bench",
