@@ -12,6 +12,7 @@ from functools import partial
 import zmq
 
 from common.errors import MessageError
+from common.faults import NONE, MessageFault
 from common.logs import get_logger
 from common.messages import Incarnation, Letter, ToPeer, ToWorker, decode, encode
 from common.pump import Pump, bind, new_socket
@@ -25,7 +26,7 @@ MAX_LETTER_BYTES = 64 << 20
 class ControlServer:
     """A worker's ROUTER."""
 
-    def __init__(self, incarnation: Incarnation, host: str, on_letter: Callable[[Letter], None]) -> None:
+    def __init__(self, incarnation: Incarnation, host: str, on_letter: Callable[[Letter], None], fault: MessageFault = NONE) -> None:
         self._incarnation = incarnation
         self._on_letter = on_letter
         socket = new_socket(zmq.ROUTER, HIGH_WATER, MAX_LETTER_BYTES)
@@ -34,7 +35,7 @@ class ControlServer:
         self.address = bind(socket, host)
         self.unopened = 0
         """Letters that were not for this incarnation, or not what they should be."""
-        self._pump = Pump(socket, self._received)
+        self._pump = Pump(socket, self._received, fault)
 
     def send(self, to: Incarnation, body: ToPeer) -> bool:
         """False if it could not be queued: the peer is not connected or its queue is full. True is no receipt."""
@@ -54,9 +55,10 @@ class ControlServer:
 class ControlClient:
     """One DEALER per worker that this process talks to."""
 
-    def __init__(self, incarnation: Incarnation, on_letter: Callable[[Letter], None]) -> None:
+    def __init__(self, incarnation: Incarnation, on_letter: Callable[[Letter], None], fault: MessageFault = NONE) -> None:
         self._incarnation = incarnation
         self._on_letter = on_letter
+        self._fault = fault
         self._pumps: dict[Incarnation, Pump] = {}
         self.unopened = 0
 
@@ -76,7 +78,7 @@ class ControlClient:
             socket.close(0)
             log.warning("a peer's address cannot be used", peer=peer, address=address, reason=error)
             return
-        self._pumps[peer] = Pump(socket, partial(self._received, peer))
+        self._pumps[peer] = Pump(socket, partial(self._received, peer), self._fault)
 
     def disconnect(self, peer: Incarnation) -> None:
         pump = self._pumps.pop(peer, None)

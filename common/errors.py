@@ -11,7 +11,7 @@ BatonError
     ├── NotFound            404: unknown model or path
     ├── TooLarge            413: the body is beyond the limit
     ├── Overloaded          429: come back after `retry_after_s`
-    └── Unavailable         503: no live worker of a role, or Redis is away
+    └── Unavailable         503: no live worker of a role, or Redis is away; come back after `retry_after_s`
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ class RequestError(BatonError):
 
     status = 400
     type = "invalid_request_error"
+    retry_after_s: float | None = None
+    """When to come back, if that is known."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -78,3 +80,7 @@ class Overloaded(RequestError):
 class Unavailable(RequestError):
     status = 503
     type = "service_unavailable_error"
+
+    def __init__(self, message: str, *, code: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s

@@ -29,6 +29,8 @@ class Fleet:
     def __init__(self, redis: Redis, name: str) -> None:
         self._redis: Any = redis
         self._name = name
+        self.away = False
+        """Whether Redis did not answer `keep` the last time."""
 
     async def join(self, own: Identity) -> Identity:
         """Take the fleet's identity, or give it ours if it has none. Raises StartError, in words, if this worker does not fit."""
@@ -89,7 +91,6 @@ class Fleet:
     async def keep(self, own: Introduction, identity: Identity | None, on_peers: OnPeers) -> None:
         """Stay introduced, keep the identity alive, and report members whenever something changed. Until cancelled."""
         known: tuple[dict[Incarnation, Introduction], Identity | None] | None = None
-        away = False
         stranger: Identity | None = None
         while True:
             try:
@@ -99,11 +100,11 @@ class Fleet:
                     log.error("the fleet has got another identity: start it under a name of its own", fleet=self._name, identity=found)
                 stranger = found
                 seen = (await self.peers(), identity or found)
-                away = False
+                self.away = False
             except (QueueError, MessageError) as error:
-                if not away:
+                if not self.away:
                     log.warning("Redis is away: nobody new can be met", reason=error)
-                away = True
+                self.away = True
             else:
                 if seen != known:
                     known = seen

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import socket as sockets
+from collections import deque
 from collections.abc import Callable
 
 import zmq
 
 from common.errors import StartError
+from common.faults import NONE, MessageFault
 
 BURST = 1000
 """Messages handled before the loop gets a turn for others."""
+MOST_HELD = 10_000
 
 
 class Pump:
     """Owns a socket: received messages go to `on_frames`, in order. To be used on the event loop's thread only."""
 
-    def __init__(self, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], on_frames: Callable[[list[bytes]], None], fault: MessageFault = NONE) -> None:
         self._socket = socket
         self._on_frames = on_frames
+        self._fault = fault
+        self._number = 0
+        """Of the latest message that was to be sent."""
+        self._held: deque[list[bytes]] = deque()
+        """By an injected delay."""
         self._loop = asyncio.get_running_loop()
         self._fd = int(socket.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self.drain)
@@ -33,6 +41,26 @@ class Pump:
 
     def send(self, frames: list[bytes]) -> bool:
         """False if the message could not be queued at once."""
+        self._number += 1
+        if self._fault.drops(self._number):
+            return True
+        if self._held or self._fault.delays(self._number):
+            return self._hold(frames)
+        return self._send(frames)
+
+    def _hold(self, frames: list[bytes]) -> bool:
+        if len(self._held) >= MOST_HELD:
+            return False
+        if not self._held:
+            self._loop.call_later(self._fault.delay_s, self._release)
+        self._held.append(frames)
+        return True
+
+    def _release(self) -> None:
+        while self._held:
+            self._send(self._held.popleft())
+
+    def _send(self, frames: list[bytes]) -> bool:
         if self._socket.closed:
             return False
         try:

@@ -45,6 +45,7 @@ class CommonSettings:
     log_format: Literal["text", "json"] = setting("text", "log lines for people or for machines")
     ready_file: str | None = setting(None, "file written when the process is ready; `--check` looks at it")
     drain_s: float = setting(20.0, "grace after SIGTERM", low=0, high=3600)
+    message_fault: str = setting("", "injected faults of internal messages, for tests: drop:N, delay:NxS or both, every N-th on a socket")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +79,11 @@ class WorkerSettings(CommonSettings):
     chunk_s: float = setting(0.5, "a long prompt runs in chunks of about this long", low=0.01, high=60)
     metrics_port: int = setting(0, "port for Prometheus on `host`; 0: any free one, named in the ready file", low=0, high=65535)
     fault: str = setting("", "injected transfer fault, for tests: fail:N, stall:N or corrupt:N, every N-th page")
-    drop_parcels: int = setting(0, "for tests: every N-th message on the token socket is dropped; 0: none", low=0)
-    die: str = setting("", "injected death, for tests: STAGE:N kills the worker when the N-th request comes to that stage")
+    die: str = setting(
+        "",
+        "injected death, for tests: STAGE:N kills the worker when the N-th request comes to that stage, poison:ID by a launch of a prompt "
+        "that begins with this token",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

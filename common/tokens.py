@@ -13,6 +13,7 @@ from functools import partial
 import zmq
 
 from common.errors import MessageError
+from common.faults import NONE, MessageFault
 from common.logs import get_logger
 from common.messages import Event, Incarnation, Parcel, decode, encode
 from common.pump import Pump, bind, new_socket
@@ -56,7 +57,7 @@ class TokenSubscriber:
 class _Link:
     """One gateway's XPUB, and whether its subscription is in force."""
 
-    def __init__(self, gateway: Incarnation, address: str, on_change: Callable[[bool], None]) -> None:
+    def __init__(self, gateway: Incarnation, address: str, on_change: Callable[[bool], None], fault: MessageFault) -> None:
         self.topic = gateway.encode()
         self.address = address
         self.open = False
@@ -68,7 +69,7 @@ class _Link:
             socket.connect(address)
         except zmq.ZMQError as error:
             log.warning("a gateway's address cannot be used", gateway=gateway, address=address, reason=error)
-        self.pump = Pump(socket, self._subscription)
+        self.pump = Pump(socket, self._subscription, fault)
 
     def _subscription(self, frames: list[bytes]) -> None:
         """The gateway's side subscribed, or (as when it disconnects) does not any more."""
@@ -80,9 +81,10 @@ class _Link:
 class TokenPublisher:
     """A worker's end: links to all gateways it knows. To be used on the event loop's thread only."""
 
-    def __init__(self, incarnation: Incarnation, on_open: Callable[[Incarnation], None] | None = None) -> None:
+    def __init__(self, incarnation: Incarnation, on_open: Callable[[Incarnation], None] | None = None, fault: MessageFault = NONE) -> None:
         self._incarnation = incarnation
         self._on_open = on_open
+        self._fault = fault
         self._links: dict[Incarnation, _Link] = {}
 
     def open(self, gateway: Incarnation, address: str) -> None:
@@ -91,7 +93,7 @@ class TokenPublisher:
         if link is not None and link.address == address:
             return
         self.close(gateway)
-        self._links[gateway] = _Link(gateway, address, partial(self._changed, gateway))
+        self._links[gateway] = _Link(gateway, address, partial(self._changed, gateway), self._fault)
 
     def is_open(self, gateway: Incarnation) -> bool:
         """Whether the gateway's subscription is in force, so that what is sent can arrive."""

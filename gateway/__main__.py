@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
+from common.faults import parse
 from common.names import BEAT_S
 from common.queue import connect
 from common.service import Service, end, leave, run
@@ -13,7 +15,7 @@ from gateway.app import Bounds, create_app
 from gateway.desk import LiveDesk
 from gateway.metrics import Metrics
 from gateway.prompts import Model
-from gateway.server import HttpServer, check_open
+from gateway.server import GRACE_S, HttpServer, check_open
 
 BODY_S = 30.0
 
@@ -24,6 +26,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
     check_open(settings.http_host, keys=access is not None, anyone=settings.allow_anonymous == "anyone")
     model = await asyncio.to_thread(Model, settings.model, settings.model_name)
     redis = connect(settings.redis_url)
+    metrics = Metrics()
     desk = LiveDesk(
         service.incarnation,
         redis,
@@ -32,8 +35,9 @@ async def main(settings: GatewaySettings, service: Service) -> None:
         model.hash,
         max_running=settings.max_running,
         max_queued=settings.max_queued,
+        fault=parse(settings.message_fault),
+        on_reenqueued=metrics.reenqueue.observe,
     )
-    metrics = Metrics()
     bounds = Bounds(settings.max_body_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)
     server = HttpServer(
         create_app(desk, model, bounds, metrics, access, origins),
@@ -51,8 +55,9 @@ async def main(settings: GatewaySettings, service: Service) -> None:
             http = tasks.create_task(server.run(), name="http")
             service.ready(http_host=settings.http_host, http_port=server.port)
             await service.stopping.wait()
+            until = time.monotonic() + settings.drain_s
             await desk.drain(settings.drain_s)
-            server.stop()
+            server.stop(max(GRACE_S, until - time.monotonic()))
             await http
             await end(*own)
     finally:

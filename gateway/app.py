@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from common.errors import NotFound, Overloaded, RequestError, TooLarge
+from common.errors import NotFound, RequestError, TooLarge
 from common.logs import get_logger
 from gateway.answers import Answers, Bounds
 from gateway.ask import Desk
@@ -73,6 +73,7 @@ class Api:
         roles = self._desk.roles()
         missing = [] if roles.get("colocated") else [role for role in ("prefill", "decode") if not roles.get(role)]
         missing += [] if self._desk.identity is not None else ["identity"]
+        missing += ["gateway"] if self._desk.draining else []
         body = {"ready": not missing, "workers": roles, "missing": missing}
         return JSONResponse(body, status_code=503 if missing else 200)
 
@@ -107,7 +108,7 @@ class Api:
 async def _request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     headers = {}
-    if isinstance(error, Overloaded):
+    if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = error.challenge

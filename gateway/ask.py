@@ -77,6 +77,10 @@ class Desk(Protocol):
     def identity(self) -> Identity | None:
         """The fleet's model and limits; None while no worker has ever joined."""
 
+    @property
+    def draining(self) -> bool:
+        """It takes no more asks."""
+
     def roles(self) -> dict[str, int]:
         """Live workers by role, those that drain not counted."""
 

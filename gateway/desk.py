@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from redis.asyncio import Redis
 
 from common.beats import Liveness
 from common.control import ControlClient
 from common.errors import BadRequest, Overloaded, QueueError, Unavailable
+from common.faults import NONE, MessageFault
 from common.fleet import Fleet
 from common.logs import get_logger
 from common.messages import PROTOCOL, GatewayBeat, Identity, Incarnation, Introduction, Job, Letter, Mismatch, Parcel, WorkerBeat
@@ -21,7 +22,7 @@ from common.queue import Entry, JobQueue
 from common.tokens import TokenSubscriber
 from gateway.ask import Ask, Timeline, Update
 from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
-from gateway.ledger import FlightId, Ledger
+from gateway.ledger import AGAIN_S, FlightId, Ledger
 
 log = get_logger(__name__)
 
@@ -61,16 +62,28 @@ class LiveDesk:
     """The gateway's Desk over a real fleet. `start` sets it going."""
 
     def __init__(
-        self, incarnation: Incarnation, redis: Redis, fleet: str, host: str, tokenizer: str, *, max_running: int, max_queued: int
+        self,
+        incarnation: Incarnation,
+        redis: Redis,
+        fleet: str,
+        host: str,
+        tokenizer: str,
+        *,
+        max_running: int,
+        max_queued: int,
+        fault: MessageFault = NONE,
+        on_reenqueued: Callable[[float], None] = lambda seconds: None,
     ) -> None:
+        """`on_reenqueued`: seconds from the last word of a lost worker to the new attempt in the queue."""
         self._incarnation = incarnation
         self._redis = redis
         self._fleet_name = fleet
         self._fleet = Fleet(redis, fleet)
         self._tokenizer = tokenizer
         self._max_running, self._max_queued = max_running, max_queued
+        self._on_reenqueued = on_reenqueued
         self._subscriber = TokenSubscriber(incarnation, host, self._parcel)
-        self._control = ControlClient(incarnation, self._letter)
+        self._control = ControlClient(incarnation, self._letter, fault)
         self._ledger = Ledger(incarnation, self._subscriber.address)
         self._liveness = Liveness()
         self._beats: dict[Incarnation, WorkerBeat] = {}
@@ -92,6 +105,10 @@ class LiveDesk:
     @property
     def identity(self) -> Identity | None:
         return self._identity
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
 
     @property
     def recoveries(self) -> int:
@@ -142,15 +159,17 @@ class LiveDesk:
 
     def _admit(self, ask: Ask) -> None:
         if self._draining:
-            raise Unavailable("the gateway is shutting down")
+            raise Unavailable("the gateway is shutting down: ask another one", retry_after_s=AGAIN_S)
+        if self._fleet.away:
+            raise Unavailable("the job queue cannot be reached: try again later", retry_after_s=AGAIN_S)
         identity = self._identity
         roles = self.roles()
         if identity is None or self._queue is None:
-            raise Unavailable("no worker has joined the fleet yet: start a prefill and a decode")
+            raise Unavailable("no worker has joined the fleet yet: start a prefill and a decode", retry_after_s=AGAIN_S)
         if not roles.get("colocated"):
             missing = [role for role in ("prefill", "decode") if not roles.get(role)]
             if missing:
-                raise Unavailable(f"no live {' and no live '.join(missing)} worker")
+                raise Unavailable(f"no live {' and no live '.join(missing)} worker", retry_after_s=AGAIN_S)
         tokens = len(ask.prompt) + ask.max_tokens
         limit = identity.max_request_pages * identity.page_tokens
         if tokens > limit:
@@ -297,8 +316,8 @@ class LiveDesk:
         assert self._queue is not None
         try:
             match action:
-                case Put(job, job_class):
-                    await self._put(job, job_class)
+                case Put(job, job_class, silent_since):
+                    await self._put(job, job_class, silent_since)
                 case Remove(entry):
                     await self._queue.remove(entry)
                 case Bury(job, reason):
@@ -308,7 +327,7 @@ class LiveDesk:
             return False
         return True
 
-    async def _put(self, job: Job, job_class: str) -> None:
+    async def _put(self, job: Job, job_class: str, silent_since: float | None) -> None:
         """One XADD; the ledger hears how it went. A suspicious request waits until no other one runs alone in the fleet."""
         assert self._queue is not None
         choice = job.choices[0]
@@ -322,6 +341,8 @@ class LiveDesk:
             log.warning("a job was not put", request=job.request_id, attempt=choice.attempt, error=error)
             self._do(self._ledger.put_failed(job.request_id, choice.choice, choice.attempt, time.monotonic()))
         else:
+            if silent_since is not None:
+                self._on_reenqueued(time.monotonic() - silent_since)
             self._do(self._ledger.put(job.request_id, choice.choice, choice.attempt, entry))
 
     async def _put_twice(self, job: Job, job_class: str) -> Entry:
@@ -330,5 +351,7 @@ class LiveDesk:
         try:
             return await self._queue.put(job, job_class)
         except QueueError:
+            if self._fleet.away:
+                raise
             await self._redis.connection_pool.disconnect(inuse_connections=False)
             return await self._queue.put(job, job_class)

@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from common.errors import RequestError
 from common.messages import Cancel, Choice, FinishReason, Incarnation, Job, Key, Resend, Role, Token, Tokens
-from common.queue import Entry
+from common.queue import Entry, Pending
 from gateway.ask import Ask, Timeline
 
 # ------------------------------------------------------------------------------------------------------------- actions
@@ -15,10 +15,14 @@ from gateway.ask import Ask, Timeline
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Put the job into its class of the queue; tell the ledger by `put` or `put_failed`."""
+    """Put the job into its class of the queue; tell the ledger by `put` or `put_failed`.
+
+    `silent_since`: the last word on it of a worker that was lost, if that is why.
+    """
 
     job: Job
     job_class: str
+    silent_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,8 @@ class Flight:
     prefill: Incarnation | None = None
     """The worker that claimed the job (a prefill, or a colocated one)."""
     decode: Incarnation | None = None
+    pending: tuple[Incarnation, float] | None = None
+    """Who has been seen with its entry and has not said a word of it, and since when."""
     handed: bool = False
     """The prefill has let go of it: what it still says of it is old."""
     holders: dict[Incarnation, float] = field(default_factory=dict)
@@ -166,11 +172,23 @@ class Flight:
         self.attempt += 1
         self.first_index = self.index
         self.timeline.attempts = self.attempt
-        self.execution = self.prefill = self.decode = self.rides = self.settled_at = None
+        self.execution = self.prefill = self.decode = self.rides = self.settled_at = self.pending = None
         self.handed = False
         self.holders.clear()
         self.launched.clear()
         self._stage_s = {}
+
+    def claimed_by(self, consumer: Incarnation, now: float) -> None:
+        """Redis says who has its entry."""
+        if self.pending is None or self.pending[0] != consumer:
+            self.pending = (consumer, now)
+
+    def pending_s(self, state: Pending, now: float) -> float:
+        """How long its entry has been with this consumer. Redis tells it by a wall clock that may have been stepped: what is longer than it
+        has been in the queue at all is not believed, and we have looked ourselves."""
+        told_s = state.idle_s if state.idle_s <= now - self.put_at else 0.0
+        seen_s = now - self.pending[1] if self.pending is not None and self.pending[0] == state.consumer else 0.0
+        return max(told_s, seen_s)
 
     def drop_holder(self, worker: Incarnation) -> bool:
         """Whether the attempt is over because of it: nobody holds it any more, or its one decode is gone (an attempt has no second one,

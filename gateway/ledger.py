@@ -38,6 +38,8 @@ from gateway.flight import Action, Bury, End, Flight, Put, Remove, Show, Tell
 FlightId: TypeAlias = tuple[str, int]
 
 PUT_RETRY_S = 0.5
+AGAIN_S = 2.0
+"""Who is refused because Redis or the workers are away comes back after this."""
 ALONE_AT = 2
 """Deaths during a launch of the request after which it runs alone; one more ends it (rule 11)."""
 
@@ -87,7 +89,7 @@ class Ledger:
         if flight.execution is not None:
             return []  # it had entered all the same
         if attempt == 1:
-            return self._end(flight, now, error=Unavailable("the job queue cannot be reached: try again later"))
+            return self._end(flight, now, error=Unavailable("the job queue cannot be reached: try again later", retry_after_s=AGAIN_S))
         flight.put_again_at = now + PUT_RETRY_S
         return []
 
@@ -101,13 +103,18 @@ class Ledger:
         for flight in list(self._flights.values()):
             if flight.entry is None or flight.execution is not None or flight.entry not in states:
                 continue
+            state = states[flight.entry]
+            if isinstance(state, Pending):
+                flight.claimed_by(state.consumer, now)
             if now - flight.put_at < DEAD_S:
                 continue
-            state = states[flight.entry]
-            # A consumer that is dead and one that has lost the reply look alike: delivered, and not a word of it for as long as death
-            # takes. Who lives is not asked: one that has just started claims before its first beat is heard.
-            if isinstance(state, Absent) or (isinstance(state, Pending) and state.idle_s > DEAD_S):
+            if isinstance(state, Absent):
                 actions += self._again(flight, now)
+            elif isinstance(state, Pending) and flight.pending_s(state, now) > DEAD_S:
+                # A consumer that is dead and one that has lost the reply look alike: delivered, and not a word of it for as long as death
+                # takes. Who lives is not asked: one that has just started claims before its first beat is heard. One that does not live
+                # may have died of it.
+                actions += self._again(flight, now, suspect=None if state.consumer in self._roles else state.consumer)
         return actions
 
     # ------------------------------------------------------------------------------------------------ the workers' side
@@ -129,10 +136,14 @@ class Ledger:
             return [] if isinstance(event, Resent) and event.unknown else [Tell(sender, Cancel(event.key))]
         match event:
             case Started():
+                if self._roles.get(sender) != "decode":
+                    flight.launched[sender] = True  # it is said as the launch begins; the next beat may come too late
                 flight.transferred(event.transfer_s)
                 flight.reused(event.reused_tokens)
                 return []
             case Tokens():
+                if self._roles.get(sender) == "prefill":
+                    flight.launched[sender] = False
                 flight.spent(self._roles.get(sender), event, now)
                 if self._roles.get(sender) == "colocated":
                     flight.settled_at = flight.settled_at or now
@@ -153,8 +164,11 @@ class Ledger:
         actions: list[Action] = []
         for flight in list(self._flights.values()):
             launched = flight.launched.pop(worker, False)
+            heard_at = flight.holders.get(worker)
             if flight.drop_holder(worker):
-                actions += self._again(flight, now, suspect=worker if launched else None)
+                actions += self._again(flight, now, suspect=worker if launched else None, silent_since=heard_at)
+            elif flight.execution is None and flight.pending is not None and flight.pending[0] == worker:
+                actions += self._again(flight, now, suspect=worker)
         return actions
 
     def seen(self, worker: Incarnation) -> list[tuple[Key, int, bool]]:
@@ -177,9 +191,9 @@ class Ledger:
             elif flight.put_again_at is not None and now >= flight.put_again_at:
                 actions.append(self._put(flight, now))
             elif flight.execution is not None:
-                silent = [worker for worker, at in flight.holders.items() if now - at > DEAD_S]
+                silent = {worker: at for worker, at in flight.holders.items() if now - at > DEAD_S}
                 if any([flight.drop_holder(worker) for worker in silent]):
-                    actions += self._again(flight, now)
+                    actions += self._again(flight, now, silent_since=max(silent.values()))
         return actions
 
     def __len__(self) -> int:
@@ -341,8 +355,9 @@ class Ledger:
             actions += self.event(sender, event.end, now)
         return actions
 
-    def _again(self, flight: Flight, now: float, *, suspect: str | None = None) -> list[Action]:
-        """A new attempt behind the accepted ids, in one step (rule 2). `suspect`: what seems to have died of it (rule 11)."""
+    def _again(self, flight: Flight, now: float, *, suspect: str | None = None, silent_since: float | None = None) -> list[Action]:
+        """A new attempt behind the accepted ids, in one step (rule 2). `suspect`: what seems to have died of it (rule 11).
+        `silent_since`: the last word of who fell silent."""
         self.recoveries += 1
         actions = self._let_go(flight)
         flight.next_attempt(now)
@@ -354,15 +369,15 @@ class Ledger:
             error.status, error.type = 500, "server_error"
             return [*actions, Bury(job, "three workers died with it"), *self._end(flight, now, error=error)]
         flight.alone = flight.suspicion >= ALONE_AT
-        return [*actions, self._put(flight, now)]
+        return [*actions, self._put(flight, now, silent_since)]
 
-    def _put(self, flight: Flight, now: float) -> Put:
+    def _put(self, flight: Flight, now: float, silent_since: float | None = None) -> Put:
         riders = self._riders(flight)
         for one in (flight, *riders):
             one.put_at = now
         flight.put_again_at = None
         job_class = flight.ask.job_class if flight.attempt == 1 else "resume"
-        return Put(flight.job(self._gateway, self._tokens_address, riders, now), job_class)
+        return Put(flight.job(self._gateway, self._tokens_address, riders, now), job_class, silent_since)
 
     def _let_go(self, flight: Flight) -> list[Action]:
         """Cancel the present attempt wherever it may be."""

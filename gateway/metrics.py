@@ -14,6 +14,7 @@ from gateway.recent import Recent
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
 TPOT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5, 1)
 SHED = ("overloaded", "service_unavailable_error")
+REENQUEUE_SECONDS = (0.5, 1, 1.5, 2, 2.25, 2.5, 2.75, 3, 3.5, 4, 5, 10, 30)
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "other")
 
 
@@ -34,6 +35,12 @@ class Metrics:
         self.workers = Gauge("baton_workers", "Live workers by role", ["role"], registry=r)
         self.free_pages = Gauge("baton_free_pages", "Free pages by role", ["role"], registry=r)
         self.recoveries = Gauge("baton_recoveries", "Attempts started anew since the start", registry=r)
+        self.reenqueue = Histogram(
+            "baton_reenqueue_seconds",
+            "From the last word of a worker that was lost to the new attempt in the queue",
+            buckets=REENQUEUE_SECONDS,
+            registry=r,
+        )
         self.ttft = Histogram("baton_ttft_seconds", "Time to the first token", buckets=SECONDS, registry=r)
         self.tpot = Histogram("baton_tpot_seconds", "Mean time per output token after the first", buckets=TPOT_SECONDS, registry=r)
         self.total = Histogram("baton_request_seconds", "From acceptance to the last token", buckets=SECONDS, registry=r)

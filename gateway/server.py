@@ -7,6 +7,7 @@ import contextlib
 import http
 import ipaddress
 import json
+import math
 import resource
 import socket
 
@@ -36,6 +37,7 @@ FULL_S = 1.0
 MOST_REFUSING = 128
 """That many are told at once; those beyond are closed without a word."""
 AGAIN_S = 5
+GRACE_S = 1.0
 HEALTH = b"GET /health "
 """Answered even then: a gateway with much to do must not be taken for a dead one."""
 
@@ -58,7 +60,6 @@ class HttpServer:
             access_log=False,
             lifespan="off",
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=1,
             server_header=False,
         )
         self._server = _Quiet(config)
@@ -67,7 +68,9 @@ class HttpServer:
         """Serve until `stop`."""
         await self._server.serve(sockets=[self._socket])
 
-    def stop(self) -> None:
+    def stop(self, grace_s: float = GRACE_S) -> None:
+        """Listen no more, and end when all answers have been sent; what is left after the grace is cut."""
+        self._server.config.timeout_graceful_shutdown = math.ceil(grace_s)
         self._server.should_exit = True
 
 

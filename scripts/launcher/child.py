@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ class Child:
     module: str
     flags: dict[str, str]
     folder: Path
+    within: list[str] = field(default_factory=list)
+    """Words before its command, such as those that enter a network namespace; what they start must keep the process id."""
+    env: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -73,9 +76,9 @@ class Child:
         words = [word for name, value in self.flags.items() for word in (f"--{name.replace('_', '-')}", value)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", self.module, *words, "--ready-file", str(self.ready_file)],
+                [*self.within, sys.executable, "-m", self.module, *words, "--ready-file", str(self.ready_file)],
                 cwd=ROOT,
-                env={**os.environ, **env},
+                env={**os.environ, **env, **self.env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

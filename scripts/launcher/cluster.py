@@ -47,12 +47,12 @@ class Shape:
 class Cluster:
     """Use as a context manager: whatever happens, nothing is left running."""
 
-    def __init__(self, shape: Shape, say: Callable[[str], None] = lambda words: None) -> None:
+    def __init__(self, shape: Shape, say: Callable[[str], None] = lambda words: None, valkey: Valkey | None = None) -> None:
         self.shape = shape
         self._say = say
         self._scratch = tempfile.TemporaryDirectory(prefix="baton-run-")
         self.folder = Path(self._scratch.name)
-        self.valkey = Valkey() if shape.redis_url is None else None
+        self.valkey = (valkey or Valkey()) if shape.redis_url is None else None
         self.children = self._plan()
 
     def __enter__(self) -> Cluster:

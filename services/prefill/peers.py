@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from common.beats import Liveness
 from common.control import ControlClient
+from common.faults import NONE, MessageFault
 from common.logs import get_logger
 from common.messages import Incarnation, Introduction, Layout, Letter, Mismatch, Offer, PeerBeat, Pushed, Shard, Withdraw, WorkerBeat
 from services.prefill.routing import Load
@@ -26,8 +27,9 @@ class Peers:
         shards: list[Shard],
         pursued: Callable[[Incarnation], list[int]],
         on_letter: Callable[[Letter], None],
+        fault: MessageFault = NONE,
     ) -> None:
-        self._client = ControlClient(incarnation, self._receive)
+        self._client = ControlClient(incarnation, self._receive, fault)
         self._on_letter = on_letter
         self._liveness = Liveness()
         self._words = PeerBeat(0, 0, fleet, fingerprint, layout, shards)

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from common.beats import Liveness
 from common.control import ControlServer
+from common.faults import NONE, MessageFault
 from common.logs import get_logger
 from common.messages import PROTOCOL, Cancel, GatewayBeat, Incarnation, Key, Letter, Mismatch, Resend, WorkerBeat
 from common.tokens import TokenPublisher
@@ -29,19 +30,16 @@ class Gateways:
         *,
         on_cancel: Callable[[Key], None],
         on_over: Callable[[Key], None],
-        drop_every: int = 0,
+        fault: MessageFault = NONE,
     ) -> None:
         self.outbox = Outbox()
         self._fleet = fleet
         self._fingerprint = fingerprint
         self._server = server
-        self._publisher = TokenPublisher(incarnation)
+        self._publisher = TokenPublisher(incarnation, fault=fault)
         self._liveness = Liveness()
         self._on_cancel = on_cancel
         self._on_over = on_over
-        self._drop_every = drop_every
-        """For tests: every n-th message with news is not sent."""
-        self._sent = 0
 
     @property
     def alive(self) -> set[Incarnation]:
@@ -72,9 +70,7 @@ class Gateways:
     def flush(self) -> None:
         """Send what is new, one message per gateway. What cannot be sent stays in the outbox: beats reveal it, `Resend` brings it."""
         for gateway, events in self.outbox.take().items():
-            self._sent += 1
-            if not self._drop_every or self._sent % self._drop_every:
-                self._publisher.send(gateway, events)
+            self._publisher.send(gateway, events)
 
     def beat(self, facts: WorkerBeat) -> None:
         """Our beat to every gateway, each with its own requests."""

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 
 from common.control import ControlServer
 from common.errors import QueueError
+from common.faults import parse
 from common.fleet import Fleet
 from common.logs import get_logger
 from common.messages import Identity, Incarnation, Introduction, Key, Letter, Role, WorkerBeat
@@ -24,7 +25,7 @@ from common.queue import Entry, JobQueue
 from common.service import Service, end
 from common.settings import WorkerSettings
 from services.engine.engine import Engine
-from services.engine.plan import Outcome, Snapshot
+from services.engine.plan import Began, Outcome, Snapshot
 from services.worker.deaths import Death
 from services.worker.figures import Figures
 from services.worker.gateways import Gateways
@@ -49,7 +50,8 @@ class Worker(ABC, Generic[A]):
         self.fleet = Fleet(redis, settings.fleet)
         self.identity = identity
         self.queue = JobQueue(redis, settings.fleet, identity.fingerprint)
-        self.server = ControlServer(self.incarnation, settings.host, self._letter)
+        self.fault = parse(settings.message_fault)
+        self.server = ControlServer(self.incarnation, settings.host, self._letter, self.fault)
         self.gateways = Gateways(
             self.incarnation,
             settings.fleet,
@@ -57,7 +59,7 @@ class Worker(ABC, Generic[A]):
             self.server,
             on_cancel=self._cancelled,
             on_over=self._over,
-            drop_every=settings.drop_parcels,
+            fault=self.fault,
         )
         self.engine = Engine(room.scheduler, room.runner, self._deliver, name=self.role, on_death=self._engine_died)
         self.snapshot: Snapshot = self.engine.snapshot
@@ -189,6 +191,8 @@ class Worker(ABC, Generic[A]):
         self.snapshot = snapshot
         now = time.monotonic()
         for outcome in outcomes:
+            if isinstance(outcome, Began) and (run := self.runs.get(outcome.key)) is not None:
+                self.death.launch(run.job.prompt)
             self._carry_out(self.outcome(outcome, now))
         self.gateways.flush()
         self.woken()

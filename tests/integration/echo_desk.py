@@ -89,6 +89,7 @@ class EchoDesk:
 
     def __init__(self, identity: Identity | None) -> None:
         self.identity = identity
+        self.draining = False
         self.live: dict[str, int] = {"prefill": 1, "decode": 1}
         self.workers: dict[str, WorkerBeat] = {}
         self.running, self.queued, self.recoveries = 0, 0, 0

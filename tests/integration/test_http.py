@@ -219,10 +219,11 @@ def test_what_the_desk_refuses(served: Served, client: openai.OpenAI, stream: bo
     with pytest.raises(openai.RateLimitError) as overloaded:
         client.completions.create(model=NAME, prompt="x", stream=stream)
     assert overloaded.value.response.headers["retry-after"] == "3"
-    say(served, refused=Unavailable("no live decode"))
+    say(served, refused=Unavailable("no live decode", retry_after_s=1.2))
     with pytest.raises(openai.InternalServerError) as away:
         client.completions.create(model=NAME, prompt="x", stream=stream)
     assert away.value.status_code == 503 and "no live decode" in str(away.value)
+    assert away.value.response.headers["retry-after"] == "2"
     say(served, refused=BadRequest("too large", param="max_tokens"))
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model=NAME, prompt="x", stream=stream)
@@ -267,6 +268,9 @@ def test_health_and_ready(served: Served) -> None:
         answer = httpx.get(f"{served.url}/ready")
         assert (answer.status_code, answer.json()["missing"]) == (status, missing)
     served.desk.live = {"colocated": 1}
+    served.desk.draining = True
+    assert httpx.get(f"{served.url}/ready").json()["missing"] == ["gateway"]
+    served.desk.draining = False
     served.desk.identity = None
     assert httpx.get(f"{served.url}/ready").status_code == 503
     assert httpx.get(f"{served.url}/health").status_code == 200

@@ -195,6 +195,20 @@ def test_a_stopping_server_lets_go_of_its_streams(smollm2: Path) -> None:
         connection.close()
 
 
+def test_a_draining_server_lets_slow_clients_read_to_the_end(smollm2: Path) -> None:
+    """Their answers are complete, and not all of it has been sent: the second that a stopped server gave them was too short."""
+    with serving(smollm2) as served:
+        served.desk.scripts = lambda ask: Script(endless=True, pause_s=0.02)
+        connection = served.connect(receive_bytes=4096)
+        connection.sendall(request(TEXT, completion([300], max_tokens=150, stream=True)))
+        data = connection.recv(100)
+        served.server.stop(PATIENCE_S)
+        while more := connection.recv(65536):
+            data += more
+        assert b"[DONE]" in data
+        connection.close()
+
+
 def test_whole_answers_work_beside(served: Served) -> None:
     connection = served.connect()
     connection.sendall(request(TEXT, completion([FAST], max_tokens=5)))

@@ -207,6 +207,34 @@ def test_redis_restarted_empty_in_mid_stream(pair: Cluster, short: list[dict[str
 
 
 @pytest.mark.timeout(120)
+def test_while_redis_is_away_new_requests_are_told_to_come_back_and_running_ones_go_on(pair: Cluster, short: list[dict[str, Any]]) -> None:
+    assert pair.valkey is not None
+    valkey = pair.valkey
+    refused: list[httpx.Response] = []
+
+    async def away(heard: list[Heard]) -> None:
+        await until(lambda: all(len(one.at) > 5 for one in heard))
+        valkey.kill()
+        try:
+            async with httpx.AsyncClient(timeout=5) as client:
+                for _ in range(2):
+                    refused.append(await client.post(f"{pair.urls[0]}/v1/completions", json=body(short[0]["prompt"], 2)))
+                    await asyncio.sleep(0.7)
+        finally:
+            valkey.start()
+
+    heard = talk(pair, short[:4], away)
+    assert_undisturbed(short[:4], heard)
+    assert all(one.timeline["attempts"] == 1 for one in heard)
+    assert [(reply.status_code, reply.headers.get("retry-after")) for reply in refused] == [(503, "2"), (503, "2")]
+    give_up = time.monotonic() + 10
+    while httpx.post(f"{pair.urls[0]}/v1/completions", json=body(short[0]["prompt"], 2), timeout=30).status_code != 200:
+        assert time.monotonic() < give_up, "it does not come back with Redis"
+        time.sleep(0.2)
+    assert_conserved(pair)
+
+
+@pytest.mark.timeout(120)
 def test_a_client_that_leaves_frees_its_pages_within_a_second(pair: Cluster, short: list[dict[str, Any]]) -> None:
     async def leave() -> None:
         async with httpx.AsyncClient() as client:

@@ -26,7 +26,8 @@ def test_the_commands_are_found() -> None:
     assert {
         "scripts.launcher",
         "scripts.load",
-        "scripts.trials.chaos",
+        "scripts.faults",
+        "scripts.faults.soak",
         "scripts.trials.engine",
         "scripts.trials.handoff",
         "services.transfer.bench",

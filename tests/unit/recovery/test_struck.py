@@ -1,0 +1,94 @@
+"""Bugs that `./scripts/chaos` has found in the gateway's rules, each as the few steps that show it."""
+
+from __future__ import annotations
+
+from common.errors import RequestError
+from common.messages import Job, Key, Sampling, Started, Token, Tokens
+from common.queue import Entry, Pending
+from gateway.ask import Ask
+from gateway.flight import Action, Bury, End, Put
+from gateway.ledger import Ledger
+
+ASK = Ask([1, 2, 3], Sampling(seed=1), 12)
+
+
+def opened() -> Ledger:
+    ledger = Ledger("g", "tcp://g")
+    ledger.open("r", ASK, 0.0)
+    return ledger
+
+
+def jobs(actions: list[Action]) -> list[Job]:
+    return [action.job for action in actions if isinstance(action, Put)]
+
+
+def test_a_death_right_after_the_launch_has_begun_counts_though_no_beat_has_told_of_the_launch() -> None:
+    """A request that kills its worker within a beat was never suspected, and killed one worker after the other until its deadline."""
+    ledger = opened()
+    suspicions = []
+    for attempt, worker in enumerate(("p", "q"), 1):
+        ledger.join(worker, "prefill")
+        ledger.put("r", 0, attempt, Entry("resume", f"{attempt}-0"))
+        ledger.event(worker, Started(Key("r", 0, attempt, f"e{attempt}")), 1.0)
+        suspicions += [job.suspicion for job in jobs(ledger.dead(worker, 3.0))]
+    assert suspicions == [1, 2]
+
+
+def test_a_prompt_that_waits_for_its_handoff_is_no_longer_in_a_launch() -> None:
+    ledger = opened()
+    ledger.join("p", "prefill")
+    ledger.put("r", 0, 1, Entry("interactive", "1-0"))
+    key = Key("r", 0, 1, "e")
+    ledger.event("p", Started(key), 1.0)
+    ledger.event("p", Tokens(key, [Token(0, 7)]), 1.1)
+    assert [job.suspicion for job in jobs(ledger.dead("p", 3.0))] == [0]
+
+
+def test_a_request_that_kills_before_a_word_is_heard_of_it_ends() -> None:
+    """Claimed, never started as far as anybody knows, and the claimer dead: the third time it ends."""
+    ledger = opened()
+    ends: list[End] = []
+    buried: list[Bury] = []
+    for attempt, worker in enumerate(("p", "q", "s"), 1):
+        entry = Entry("resume", f"{attempt}-0")
+        ledger.join(worker, "prefill")
+        ledger.put("r", 0, attempt, entry)
+        ledger.dead(worker, 10.0 * attempt)
+        ledger.judge({entry: Pending(worker, 0.5)}, 10.0 * attempt + 1)
+        actions = ledger.judge({entry: Pending(worker, 3.0)}, 10.0 * attempt + 4)
+        ends += [action for action in actions if isinstance(action, End)]
+        buried += [action for action in actions if isinstance(action, Bury)]
+    assert len(buried) == 1 and isinstance(ends[0].error, RequestError) and ends[0].error.code == "poison"
+
+
+def test_a_lost_reply_of_a_living_prefill_is_no_suspicion() -> None:
+    ledger = opened()
+    entry = Entry("interactive", "1-0")
+    ledger.join("p", "prefill")
+    ledger.put("r", 0, 1, entry)
+    ledger.judge({entry: Pending("p", 0.5)}, 3.0)
+    assert [job.suspicion for job in jobs(ledger.judge({entry: Pending("p", 3.5)}, 6.0))] == [0]
+
+
+def test_an_entry_of_a_dead_claimer_is_put_again_though_the_clock_of_redis_was_set_back() -> None:
+    """Redis measures how long an entry has been pending by its wall clock: set back an hour, it says 0 for an hour."""
+    ledger = opened()
+    entry = Entry("interactive", "1-0")
+    ledger.put("r", 0, 1, entry)
+    assert ledger.judge({entry: Pending("dead", 0.0)}, 3.0) == []
+    assert jobs(ledger.judge({entry: Pending("dead", 0.0)}, 5.5))
+
+
+def test_a_fresh_claim_is_given_its_time_though_the_clock_of_redis_was_set_forward() -> None:
+    ledger = opened()
+    entry = Entry("interactive", "1-0")
+    ledger.put("r", 0, 1, entry)
+    assert ledger.judge({entry: Pending("p", 3600.0)}, 3.0) == []
+
+
+def test_it_is_told_since_when_nobody_has_spoken_of_a_request_that_is_put_again() -> None:
+    ledger = opened()
+    ledger.join("p", "prefill")
+    ledger.put("r", 0, 1, Entry("interactive", "1-0"))
+    ledger.event("p", Started(Key("r", 0, 1, "e")), 1.0)
+    assert [action.silent_since for action in ledger.dead("p", 3.2) if isinstance(action, Put)] == [1.0]
