@@ -230,6 +230,15 @@ class WorkerBeat(Struct, frozen=True, tag=True):
     draining: bool = False
     holding: list[Holding] = []
     """Every request of the receiver that the sender holds, whatever its state."""
+    prefill_rate: float = 0.0
+    """Prompt tokens/s, measured; 0: not known."""
+    backlog_tokens: int = 0
+    """Prompt tokens of begun requests that no launch contains yet."""
+    step_s: float = 0.0
+    """A decode step of b sequences takes `step_s + b * each_s` seconds, measured; 0: not known."""
+    each_s: float = 0.0
+    elsewhere_tokens: list[int] = []
+    """Prompt tokens that wait at other gateways than the receiver, by class of the queue in the order of `names.CLASSES`."""
 
 
 Event = Started | Tokens | Handed | Finished | Lost | Resent | WorkerBeat
@@ -256,6 +265,8 @@ class GatewayBeat(Struct, frozen=True, tag=True):
     protocol: int = PROTOCOL
     seen: list[tuple[Key, int, bool]] = []
     """Per held execution: events are acknowledged up to this index; True: its last event too, the worker may forget it."""
+    waiting_tokens: list[int] = []
+    """Prompt tokens of this gateway's requests that no worker has started yet, by class of the queue."""
 
 
 class Cancel(Struct, frozen=True, tag=True):

@@ -13,7 +13,7 @@ INTRODUCTION_TTL_S = 10
 STARTUP_S = 120.0
 """A worker that is not ready by then has failed."""
 
-CLASSES = ("resume", "interactive", "batch")
+CLASSES = ("resume", "priority", "interactive", "batch")
 """Classes of jobs, in the order in which prefills read them."""
 GROUP = "prefill"
 """The one consumer group on every job stream; consumers are incarnations."""

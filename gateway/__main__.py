@@ -11,6 +11,7 @@ from common.settings import GatewaySettings
 from gateway.access import access_of, origins_of
 from gateway.app import Bounds, create_app
 from gateway.desk import LiveDesk
+from gateway.forecast import Bounds as Acceptable
 from gateway.metrics import Metrics
 from gateway.prompts import Model
 from gateway.server import HttpServer, check_open
@@ -32,6 +33,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
         model.hash,
         max_running=settings.max_running,
         max_queued=settings.max_queued,
+        bounds=Acceptable(settings.max_ttft_s, settings.max_tpot_s),
     )
     metrics = Metrics()
     bounds = Bounds(settings.max_body_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)

@@ -21,6 +21,7 @@ from common.queue import Entry, JobQueue
 from common.tokens import TokenSubscriber
 from gateway.ask import Ask, Timeline, Update
 from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
+from gateway.forecast import MOST_WAIT_S, Bounds, Forecast
 from gateway.ledger import FlightId, Ledger
 
 log = get_logger(__name__)
@@ -33,8 +34,10 @@ WRITERS = 4
 class LiveAnswer:
     """A running answer: the ledger's words wait here until the client's side takes them (at most `max_tokens` of them)."""
 
-    def __init__(self, desk: LiveDesk, flight: FlightId, timeline: Timeline) -> None:
+    def __init__(self, desk: LiveDesk, flight: FlightId, ask: Ask, timeline: Timeline) -> None:
         self._flight = flight
+        self.tokens = len(ask.prompt)
+        """Whose KV the fleet holds for it, once it has begun."""
         self.timeline = timeline
         self._desk = desk
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
@@ -54,6 +57,7 @@ class LiveAnswer:
         self._desk.cancel(self._flight)
 
     def put(self, update: Update) -> None:
+        self.tokens += len(update.tokens)
         self._updates.put_nowait(update)
 
 
@@ -61,7 +65,16 @@ class LiveDesk:
     """The gateway's Desk over a real fleet. `start` sets it going."""
 
     def __init__(
-        self, incarnation: Incarnation, redis: Redis, fleet: str, host: str, tokenizer: str, *, max_running: int, max_queued: int
+        self,
+        incarnation: Incarnation,
+        redis: Redis,
+        fleet: str,
+        host: str,
+        tokenizer: str,
+        *,
+        max_running: int,
+        max_queued: int,
+        bounds: Bounds,
     ) -> None:
         self._incarnation = incarnation
         self._redis = redis
@@ -69,6 +82,7 @@ class LiveDesk:
         self._fleet = Fleet(redis, fleet)
         self._tokenizer = tokenizer
         self._max_running, self._max_queued = max_running, max_queued
+        self._forecast = Forecast(bounds)
         self._subscriber = TokenSubscriber(incarnation, host, self._parcel)
         self._control = ControlClient(incarnation, self._letter)
         self._ledger = Ledger(incarnation, self._subscriber.address)
@@ -86,6 +100,8 @@ class LiveDesk:
         """What Redis did not take; tried again once a second."""
         self._identity: Identity | None = None
         self._sequence = 0
+        self._waiting_tokens: list[int] = []
+        """By class, as of the last beat."""
 
     # ----------------------------------------------------------------------------------------------- what HTTP may ask
 
@@ -124,7 +140,7 @@ class LiveDesk:
         request_id = secrets.token_hex(12)
         actions = self._ledger.open(request_id, ask, time.monotonic())
         flights = [(request_id, choice) for choice in range(ask.n)]
-        answers = [LiveAnswer(self, flight, self._ledger.timeline(*flight)) for flight in flights]
+        answers = [LiveAnswer(self, flight, ask, self._ledger.timeline(*flight)) for flight in flights]
         self._answers.update(zip(flights, answers, strict=True))
         self._idle.clear()
         self._do(actions)
@@ -136,6 +152,8 @@ class LiveDesk:
 
     def _take(self, flight: FlightId) -> LiveAnswer | None:
         answer = self._answers.pop(flight, None)
+        if answer is not None and answer.timeline.ttft_s and self._identity is not None:
+            self._forecast.ended(-(-answer.tokens // self._identity.page_tokens), time.monotonic())
         if not self._answers:
             self._idle.set()
         return answer
@@ -155,8 +173,11 @@ class LiveDesk:
         limit = identity.max_request_pages * identity.page_tokens
         if tokens > limit:
             raise BadRequest(f"prompt and max_tokens are {tokens} tokens, this fleet serves {limit} a request", param="max_tokens")
+        now, load, workers = time.monotonic(), self._ledger.load(), self.workers.values()
         if len(self._ledger) + ask.n > self._max_running or self._ledger.queued >= self._max_queued:
-            raise Overloaded("too many requests are waiting: try again later", retry_after_s=self._ledger.retry_after_s(time.monotonic()))
+            wait_s, _ = self._forecast.ttft_s(ask.job_class, 0, load, workers)
+            raise Overloaded("too many requests are waiting", retry_after_s=min(MOST_WAIT_S, wait_s))
+        self._forecast.check(ask, load, workers, now, identity.page_tokens)
 
     # ------------------------------------------------------------------------------------------------------- its tasks
 
@@ -225,6 +246,7 @@ class LiveDesk:
     async def _beat_forever(self) -> None:
         while True:
             self._sequence += 1
+            self._waiting_tokens = list(self._ledger.load().waiting_tokens.values())
             for worker in tuple(self._control.peers):
                 self._beat_to(worker)
             now = time.monotonic()
@@ -239,8 +261,8 @@ class LiveDesk:
     def _beat_to(self, worker: Incarnation) -> None:
         if self._identity is None:
             return
-        seen = self._ledger.seen(worker)
-        beat = GatewayBeat(self._sequence, self._subscriber.address, self._fleet_name, self._identity.fingerprint, PROTOCOL, seen)
+        seen, fingerprint = self._ledger.seen(worker), self._identity.fingerprint
+        beat = GatewayBeat(self._sequence, self._subscriber.address, self._fleet_name, fingerprint, PROTOCOL, seen, self._waiting_tokens)
         self._control.send(worker, beat)
 
     async def _judge_forever(self) -> None:

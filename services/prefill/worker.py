@@ -145,7 +145,7 @@ class PrefillWorker(Worker[Action]):
         now = time.monotonic()
         for claimed in batch:
             self.gateways.meet(claimed.job.gateway, claimed.job.tokens_address)
-            self.do(self._core.claimed(claimed.entry, claimed.job, now))
+            self.do(self._core.claimed(claimed.entry, claimed.aged, now))
             self.death.strike("prefill_queue")
 
     def _answer(self, letter: Letter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 
 from msgspec.structs import replace
 
@@ -37,6 +38,8 @@ class Gateways:
         self._server = server
         self._publisher = TokenPublisher(incarnation)
         self._liveness = Liveness()
+        self._waiting: dict[Incarnation, list[int]] = {}
+        """Prompt tokens that wait at each gateway, by class."""
         self._on_cancel = on_cancel
         self._on_over = on_over
         self._drop_every = drop_every
@@ -79,7 +82,9 @@ class Gateways:
     def beat(self, facts: WorkerBeat) -> None:
         """Our beat to every gateway, each with its own requests."""
         for gateway in self._liveness.alive:
-            self._publisher.send(gateway, [replace(facts, holding=self.outbox.holding(gateway))])
+            others = [tokens for other, tokens in self._waiting.items() if other != gateway]
+            elsewhere = [sum(column) for column in zip_longest(*others, fillvalue=0)]
+            self._publisher.send(gateway, [replace(facts, holding=self.outbox.holding(gateway), elsewhere_tokens=elsewhere)])
 
     def reap(self) -> list[Incarnation]:
         """Forget gateways that have fallen silent, and all their requests with them."""
@@ -88,6 +93,7 @@ class Gateways:
             log.warning("gateway lost", gateway=gateway, reason=reason)
             self._liveness.forget(gateway)
             self._publisher.close(gateway)
+            self._waiting.pop(gateway, None)
             for key in self.outbox.of(gateway):
                 self.outbox.forget(key)
                 self._on_cancel(key)
@@ -104,5 +110,6 @@ class Gateways:
             return
         self.meet(gateway, beat.tokens_address)
         self._liveness.heard(gateway, time.monotonic())
+        self._waiting[gateway] = beat.waiting_tokens
         for key in self.outbox.seen(beat.seen):
             self._on_over(key)

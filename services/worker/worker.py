@@ -231,7 +231,7 @@ class Worker(ABC, Generic[A]):
 
     def facts(self) -> WorkerBeat:
         """Our beat, without anybody's holdings."""
-        pool = self.snapshot.pool
+        pool, pace = self.snapshot.pool, self.engine.pace
         return WorkerBeat(
             role=self.role,
             sequence=self._sequence,
@@ -243,6 +243,10 @@ class Worker(ABC, Generic[A]):
             running=self.snapshot.running + self.snapshot.parked,
             waiting=self.snapshot.waiting + self.snapshot.inbound,
             draining=self._draining,
+            prefill_rate=pace.prefill_rate or self.room.prefill_rate,
+            backlog_tokens=max(0, self.snapshot.unplanned_tokens - self.runs.unbegun_tokens),
+            step_s=pace.step_s,
+            each_s=pace.each_s,
         )
 
     def _figures(self) -> dict[str, float]:
