@@ -10,6 +10,7 @@ one (request, choice); `execution` is drawn by the worker at each claim; `handof
 
 from __future__ import annotations
 
+import re
 from typing import Literal, TypeVar
 
 import msgspec
@@ -433,6 +434,10 @@ class Identity(Struct, frozen=True, tag=True):
 
 # ------------------------------------------------------------------------------------------------------------------- codec
 
+_QUOTED = re.compile(r"'.*'", re.DOTALL)
+"""Where an error repeats what was sent: that may be somebody's prompt."""
+MOST_REASON = 300
+
 _encoder = msgspec.msgpack.Encoder()
 _M = TypeVar("_M", bound=Struct)
 _decoders: dict[type, msgspec.msgpack.Decoder] = {}  # type: ignore[type-arg]
@@ -450,5 +455,5 @@ def decode(data: bytes | memoryview, kind: type[_M]) -> _M:
     try:
         message: _M = decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MessageError(f"not a {kind.__name__}: {error}") from error
+        raise MessageError(f"not a {kind.__name__}: {_QUOTED.sub('…', str(error))[:MOST_REASON]}") from None
     return message

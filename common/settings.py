@@ -38,6 +38,10 @@ class CommonSettings:
     redis_url: str = setting("redis://127.0.0.1:6379/0", "Redis 7 or Valkey 8, or newer", secret=True)
     fleet: str = setting("default", "processes of one fleet serve one model together")
     redis_password_file: str | None = setting(None, "file with the password for redis_url, so that it stands in no environment")
+    redis_ca_file: str | None = setting(None, "certificates that a rediss:// server must be signed by; default: the system's")
+    fleet_secret_file: str | None = setting(
+        None, "file with the fleet's secret: tokens and control are then encrypted, and who does not have it is refused"
+    )
     host: str = setting(
         "127.0.0.1", "address on which internal sockets are bound and announced to the fleet; auto: the one by which Redis is reached"
     )

@@ -6,6 +6,7 @@ import asyncio
 
 from common.names import BEAT_S
 from common.queue import connect
+from common.seal import read_seal
 from common.service import Service, end, leave, run
 from common.settings import GatewaySettings
 from gateway.access import access_of, origins_of
@@ -24,7 +25,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
     origins = origins_of(settings.cors_origins)
     check_open(settings.http_host, keys=access is not None, anyone=settings.allow_anonymous == "anyone")
     model = await asyncio.to_thread(Model, settings.model, settings.model_name)
-    redis = connect(settings.redis_url)
+    redis = connect(settings.redis_url, settings.redis_ca_file)
     desk = LiveDesk(
         service.incarnation,
         redis,
@@ -34,6 +35,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
         max_running=settings.max_running,
         max_queued=settings.max_queued,
         bounds=Acceptable(settings.max_ttft_s, settings.max_tpot_s),
+        seal=read_seal(settings.fleet_secret_file),
     )
     metrics = Metrics()
     bounds = Bounds(settings.max_body_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)
@@ -68,6 +70,7 @@ async def _export(desk: LiveDesk, metrics: Metrics) -> None:
         metrics.running.set(desk.running)
         metrics.queued.set(desk.queued)
         metrics.recoveries.set(desk.recoveries)
+        metrics.refused_messages.set(desk.refused)
         for role in ("prefill", "decode", "colocated"):
             beats = [beat for beat in desk.workers.values() if beat.role == role]
             metrics.workers.labels(role).set(len(beats))

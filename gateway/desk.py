@@ -18,6 +18,8 @@ from common.logs import get_logger
 from common.messages import PROTOCOL, GatewayBeat, Identity, Incarnation, Introduction, Job, Letter, Mismatch, Parcel, WorkerBeat
 from common.names import BEAT_S
 from common.queue import Entry, JobQueue
+from common.refusals import Refusals
+from common.seal import Seal
 from common.tokens import TokenSubscriber
 from gateway.ask import Ask, Timeline, Update
 from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
@@ -75,6 +77,7 @@ class LiveDesk:
         max_running: int,
         max_queued: int,
         bounds: Bounds,
+        seal: Seal | None = None,
     ) -> None:
         self._incarnation = incarnation
         self._redis = redis
@@ -83,8 +86,9 @@ class LiveDesk:
         self._tokenizer = tokenizer
         self._max_running, self._max_queued = max_running, max_queued
         self._forecast = Forecast(bounds)
-        self._subscriber = TokenSubscriber(incarnation, host, self._parcel)
-        self._control = ControlClient(incarnation, self._letter)
+        self._refusals = Refusals(log, "a worker's word")
+        self._subscriber = TokenSubscriber(incarnation, host, self._parcel, seal)
+        self._control = ControlClient(incarnation, self._letter, seal)
         self._ledger = Ledger(incarnation, self._subscriber.address)
         self._liveness = Liveness()
         self._beats: dict[Incarnation, WorkerBeat] = {}
@@ -122,6 +126,11 @@ class LiveDesk:
     @property
     def queued(self) -> int:
         return self._ledger.queued
+
+    @property
+    def refused(self) -> int:
+        """Messages of the fleet's sockets that were not taken."""
+        return self._refusals.total + self._subscriber.refusals.total + self._control.refusals.total
 
     @property
     def workers(self) -> dict[Incarnation, WorkerBeat]:
@@ -211,6 +220,9 @@ class LiveDesk:
 
     def _parcel(self, parcel: Parcel) -> None:
         now = time.monotonic()
+        if parcel.sender not in self._control.peers:  # nobody has introduced it: what it says now its beats say again
+            self._refusals.note("stranger")
+            return
         for event in parcel.events:
             if isinstance(event, WorkerBeat):
                 self._liveness.heard(parcel.sender, now)
@@ -226,13 +238,21 @@ class LiveDesk:
         """Redis names whom to knock at. Workers that have vanished from it are disconnected once they are also silent."""
         self._identify(identity)
         for name, member in members.items():
-            if member.role != "gateway" and name not in self._control.peers:
-                self._control.connect(name, member.control_address)
-                self._ledger.join(name, member.role)
-                self._beat_to(name)
+            if member.role == "gateway" or name in self._control.peers:
+                continue
+            if not self._fits(member):
+                self._refusals.note("mismatch", worker=name)
+                continue
+            self._control.connect(name, member.control_address)
+            self._ledger.join(name, member.role)
+            self._beat_to(name)
         for name in set(self._control.peers) - set(members):
             if name not in self._liveness.alive:
                 self._control.disconnect(name)
+
+    def _fits(self, member: Introduction) -> bool:
+        same = self._identity is None or member.fingerprint == self._identity.fingerprint
+        return same and member.protocol == PROTOCOL
 
     def _identify(self, identity: Identity | None) -> None:
         if identity is None or identity == self._identity:

@@ -61,7 +61,14 @@ class PrefillWorker(Worker[Action]):
             room.pool.bytes, room.shard, self._transferred, checksums=settings.checksums, fault=parse(settings.fault)
         )
         self._peers = Peers(
-            self.incarnation, settings.fleet, identity.fingerprint, room.layout, [room.shard], self._core.handoffs.pursued, self._answer
+            self.incarnation,
+            settings.fleet,
+            identity.fingerprint,
+            room.layout,
+            [room.shard],
+            self._core.handoffs.pursued,
+            self._answer,
+            self.seal,
         )
         self._claims = Claims(self.queue, self.incarnation, self._wanted_tokens, self._claimed)
         self._decodes = 0

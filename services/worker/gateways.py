@@ -12,6 +12,7 @@ from common.beats import Liveness
 from common.control import ControlServer
 from common.logs import get_logger
 from common.messages import PROTOCOL, Cancel, GatewayBeat, Incarnation, Key, Letter, Mismatch, Resend, WorkerBeat
+from common.seal import Seal
 from common.tokens import TokenPublisher
 from services.worker.outbox import Outbox
 
@@ -30,13 +31,14 @@ class Gateways:
         *,
         on_cancel: Callable[[Key], None],
         on_over: Callable[[Key], None],
+        seal: Seal | None = None,
         drop_every: int = 0,
     ) -> None:
         self.outbox = Outbox()
         self._fleet = fleet
         self._fingerprint = fingerprint
         self._server = server
-        self._publisher = TokenPublisher(incarnation)
+        self._publisher = TokenPublisher(incarnation, seal=seal)
         self._liveness = Liveness()
         self._waiting: dict[Incarnation, list[int]] = {}
         """Prompt tokens that wait at each gateway, by class."""
@@ -61,6 +63,8 @@ class Gateways:
         match letter.body:
             case GatewayBeat() as beat:
                 self._beat(letter.sender, beat)
+            case Cancel() | Resend() if letter.sender not in self._liveness.alive:
+                self._server.refusals.note("stranger", sender=letter.sender)
             case Cancel(key):
                 for own in self.outbox.meant_by(key) or [key]:
                     self.outbox.forget(own)
@@ -106,6 +110,7 @@ class Gateways:
     def _beat(self, gateway: Incarnation, beat: GatewayBeat) -> None:
         mine, theirs = (self._fleet, self._fingerprint, PROTOCOL), (beat.fleet, beat.fingerprint, beat.protocol)
         if mine != theirs:
+            self._server.refusals.note("mismatch", sender=gateway)
             self._server.send(gateway, Mismatch(f"fleet, fingerprint, protocol are {mine} here and {theirs} there"))
             return
         self.meet(gateway, beat.tokens_address)

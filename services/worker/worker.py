@@ -21,6 +21,7 @@ from common.logs import get_logger
 from common.messages import Identity, Incarnation, Introduction, Key, Letter, Role, WorkerBeat
 from common.names import BEAT_S
 from common.queue import Entry, JobQueue
+from common.seal import read_seal
 from common.service import Service, end
 from common.settings import WorkerSettings
 from services.engine.engine import Engine
@@ -49,7 +50,8 @@ class Worker(ABC, Generic[A]):
         self.fleet = Fleet(redis, settings.fleet)
         self.identity = identity
         self.queue = JobQueue(redis, settings.fleet, identity.fingerprint)
-        self.server = ControlServer(self.incarnation, settings.host, self._letter)
+        self.seal = read_seal(settings.fleet_secret_file)
+        self.server = ControlServer(self.incarnation, settings.host, self._letter, self.seal)
         self.gateways = Gateways(
             self.incarnation,
             settings.fleet,
@@ -57,6 +59,7 @@ class Worker(ABC, Generic[A]):
             self.server,
             on_cancel=self._cancelled,
             on_over=self._over,
+            seal=self.seal,
             drop_every=settings.drop_parcels,
         )
         self.engine = Engine(room.scheduler, room.runner, self._deliver, name=self.role, on_death=self._engine_died)
@@ -267,6 +270,7 @@ class Worker(ABC, Generic[A]):
             "parked": snapshot.parked,
             "inbound": snapshot.inbound,
             "executions": len(self.gateways.outbox),
+            "refused_messages_total": self.server.refusals.total,
             "pool_bytes": self.room.memory.pool_bytes,
             "memory_free_at_start_bytes": self.room.memory.free_bytes,
             "memory_promised_at_start_bytes": self.room.memory.promised_bytes,
