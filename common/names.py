@@ -18,6 +18,10 @@ CLASSES = ("resume", "priority", "interactive", "batch")
 GROUP = "prefill"
 """The one consumer group on every job stream; consumers are incarnations."""
 
+REDIS_USER = "baton"
+REDIS_RIGHTS = "~baton:* resetchannels +@read +@write +@connection +@transaction +time +eval -@dangerous"
+"""Of the user by which a fleet uses Redis: its own keys, and no command that looks at or harms anything else."""
+
 
 def incarnation() -> str:
     """A name for this start of this process: 16 hex digits."""

@@ -9,6 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from common import names
 from scripts.launcher.child import die_with_parent
 
 START_S = 10.0
@@ -28,6 +29,11 @@ class Valkey:
         return f"redis://:{self._password}@127.0.0.1:{self.port}/0"
 
     @property
+    def fleet_url(self) -> str:
+        """As the user that a fleet is: see `names.REDIS_RIGHTS`."""
+        return self.url.replace("//:", f"//{names.REDIS_USER}:")
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
@@ -39,6 +45,7 @@ class Valkey:
         config = Path(self._folder.name) / "valkey.conf"
         config.write_text(
             f'port {self.port}\nbind 127.0.0.1\nrequirepass {self._password}\nsave ""\nappendonly no\ndir {self._folder.name}\n'
+            f"user {names.REDIS_USER} on >{self._password} {names.REDIS_RIGHTS}\n"
             "loglevel warning\nmaxmemory 1gb\nmaxmemory-policy noeviction\n"
         )
         config.chmod(0o600)
