@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Awaitable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -20,8 +21,12 @@ ANSWER_S = 5.0
 _T = TypeVar("_T")
 
 
-def connect(url: str) -> Redis:
-    """A client for the queue and the fleet. Raises SettingError on a URL that is none (without showing it: it may hold a password)."""
+def connect(url: str, ca_file: str | None = None) -> Redis:
+    """A client for the queue and the fleet. `ca_file`: who must have signed a TLS server's certificate.
+
+    Raises SettingError on a URL that is none (without showing it: it may hold a password), and on certificates that cannot be read.
+    """
+    certificates: dict[str, Any] = {} if ca_file is None else {"ssl_ca_certs": _readable(ca_file, url)}
     try:
         return Redis.from_url(
             url,
@@ -32,9 +37,20 @@ def connect(url: str) -> Redis:
             health_check_interval=0,
             maint_notifications_config=MaintNotificationsConfig(enabled=False),  # enabled, it hands out connections that are closed
             decode_responses=False,
+            **certificates,
         )
     except ValueError:
         raise SettingError("redis_url is no Redis URL; it must be like redis://:password@host:6379/0") from None
+
+
+def _readable(ca_file: str, url: str) -> str:
+    if not url.startswith("rediss:"):
+        raise SettingError("redis_ca_file is set, and redis_url is not like rediss://…: without TLS nothing is checked")
+    try:
+        ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        raise SettingError(f"redis_ca_file is {ca_file!r}; it cannot be read: {error.strerror or error}") from error
+    return ca_file
 
 
 async def mapped(operation: Awaitable[_T]) -> _T:

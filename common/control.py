@@ -16,24 +16,31 @@ from common.faults import NONE, MessageFault
 from common.logs import get_logger
 from common.messages import Incarnation, Letter, ToPeer, ToWorker, decode, encode
 from common.pump import Pump, bind, new_socket
+from common.refusals import Refusals
+from common.seal import Seal
 
 log = get_logger(__name__)
 
 HIGH_WATER = 10_000
 MAX_LETTER_BYTES = 64 << 20
+"""A longer one ends its connection."""
 
 
 class ControlServer:
     """A worker's ROUTER."""
 
-    def __init__(self, incarnation: Incarnation, host: str, on_letter: Callable[[Letter], None], fault: MessageFault = NONE) -> None:
+    def __init__(
+        self, incarnation: Incarnation, host: str, on_letter: Callable[[Letter], None], seal: Seal | None = None, fault: MessageFault = NONE
+    ) -> None:
         self._incarnation = incarnation
         self._on_letter = on_letter
         socket = new_socket(zmq.ROUTER, HIGH_WATER, MAX_LETTER_BYTES)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if seal is not None:
+            seal.serve(socket)
         self.address = bind(socket, host)
-        self.unopened = 0
+        self.refusals = Refusals(log, "a letter")
         """Letters that were not for this incarnation, or not what they should be."""
         self._pump = Pump(socket, self._received, fault)
 
@@ -45,9 +52,11 @@ class ControlServer:
         self._pump.close()
 
     def _received(self, frames: list[bytes]) -> None:
-        letter = _opened(frames[-1], self._incarnation)
-        if letter is None or letter.sender.encode() != frames[0]:
-            self.unopened += 1
+        letter = _opened(frames, self._incarnation, self.refusals)
+        if letter is None:
+            return
+        if letter.sender.encode() != frames[0]:
+            self.refusals.note("false sender")
             return
         self._on_letter(letter)
 
@@ -55,12 +64,15 @@ class ControlServer:
 class ControlClient:
     """One DEALER per worker that this process talks to."""
 
-    def __init__(self, incarnation: Incarnation, on_letter: Callable[[Letter], None], fault: MessageFault = NONE) -> None:
+    def __init__(
+        self, incarnation: Incarnation, on_letter: Callable[[Letter], None], seal: Seal | None = None, fault: MessageFault = NONE
+    ) -> None:
         self._incarnation = incarnation
         self._on_letter = on_letter
+        self._seal = seal
         self._fault = fault
         self._pumps: dict[Incarnation, Pump] = {}
-        self.unopened = 0
+        self.refusals = Refusals(log, "a letter")
 
     @property
     def peers(self) -> set[Incarnation]:
@@ -72,6 +84,8 @@ class ControlClient:
             return
         socket = new_socket(zmq.DEALER, HIGH_WATER, MAX_LETTER_BYTES)
         socket.setsockopt(zmq.ROUTING_ID, self._incarnation.encode())
+        if self._seal is not None:
+            self._seal.trust(socket)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
@@ -95,17 +109,22 @@ class ControlClient:
             self.disconnect(peer)
 
     def _received(self, peer: Incarnation, frames: list[bytes]) -> None:
-        letter = _opened(frames[-1], self._incarnation)
-        if letter is None or letter.sender != peer:
-            self.unopened += 1
+        letter = _opened(frames, self._incarnation, self.refusals)
+        if letter is None:
+            return
+        if letter.sender != peer:
+            self.refusals.note("false sender", peer=peer)
             return
         self._on_letter(letter)
 
 
-def _opened(data: bytes, reader: Incarnation) -> Letter | None:
+def _opened(frames: list[bytes], reader: Incarnation, refusals: Refusals) -> Letter | None:
     try:
-        letter = decode(data, Letter)
+        letter = decode(frames[-1], Letter)
     except MessageError as error:
-        log.warning("a malformed letter", reason=error)
+        refusals.note("malformed", error=error)
         return None
-    return letter if letter.to == reader else None
+    if letter.to != reader:
+        refusals.note("for another")
+        return None
+    return letter

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from msgspec.structs import replace
 from redis.exceptions import ResponseError
 
 from common import names
@@ -22,8 +23,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
+    """`waited_s`: how long the job has stood in the stream, by Redis' own clock."""
+
     entry: Entry
     job: Job
+    waited_s: float = 0.0
+
+    @property
+    def aged(self) -> Job:
+        """The job with what is left of its deadline, and its age, now that it has been claimed."""
+        return replace(self.job, deadline_s=self.job.deadline_s - self.waited_s, age_s=self.job.age_s + self.waited_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ one (request, choice); `execution` is drawn by the worker at each claim; `handof
 
 from __future__ import annotations
 
+import re
 from typing import Literal, TypeVar
 
 import msgspec
@@ -231,6 +232,15 @@ class WorkerBeat(Struct, frozen=True, tag=True):
     draining: bool = False
     holding: list[Holding] = []
     """Every request of the receiver that the sender holds, whatever its state."""
+    prefill_rate: float = 0.0
+    """Prompt tokens/s, measured; 0: not known."""
+    backlog_tokens: int = 0
+    """Prompt tokens of begun requests that no launch contains yet."""
+    step_s: float = 0.0
+    """A decode step of b sequences takes `step_s + b * each_s` seconds, measured; 0: not known."""
+    each_s: float = 0.0
+    elsewhere_tokens: list[int] = []
+    """Prompt tokens that wait at other gateways than the receiver, by class of the queue in the order of `names.CLASSES`."""
 
 
 Event = Started | Tokens | Handed | Finished | Lost | Resent | WorkerBeat
@@ -257,6 +267,8 @@ class GatewayBeat(Struct, frozen=True, tag=True):
     protocol: int = PROTOCOL
     seen: list[tuple[Key, int, bool]] = []
     """Per held execution: events are acknowledged up to this index; True: its last event too, the worker may forget it."""
+    waiting_tokens: list[int] = []
+    """Prompt tokens of this gateway's requests that no worker has started yet, by class of the queue."""
 
 
 class Cancel(Struct, frozen=True, tag=True):
@@ -423,6 +435,10 @@ class Identity(Struct, frozen=True, tag=True):
 
 # ------------------------------------------------------------------------------------------------------------------- codec
 
+_QUOTED = re.compile(r"'.*'", re.DOTALL)
+"""Where an error repeats what was sent: that may be somebody's prompt."""
+MOST_REASON = 300
+
 _encoder = msgspec.msgpack.Encoder()
 _M = TypeVar("_M", bound=Struct)
 _decoders: dict[type, msgspec.msgpack.Decoder] = {}  # type: ignore[type-arg]
@@ -440,5 +456,5 @@ def decode(data: bytes | memoryview, kind: type[_M]) -> _M:
     try:
         message: _M = decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise MessageError(f"not a {kind.__name__}: {error}") from error
+        raise MessageError(f"not a {kind.__name__}: {_QUOTED.sub('…', str(error))[:MOST_REASON]}") from None
     return message

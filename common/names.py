@@ -15,10 +15,14 @@ WISH_TTL_S = 60
 STARTUP_S = 120.0
 """A worker that is not ready by then has failed."""
 
-CLASSES = ("resume", "interactive", "batch")
+CLASSES = ("resume", "priority", "interactive", "batch")
 """Classes of jobs, in the order in which prefills read them."""
 GROUP = "prefill"
 """The one consumer group on every job stream; consumers are incarnations."""
+
+REDIS_USER = "baton"
+REDIS_RIGHTS = "~baton:* resetchannels +@read +@write +@connection +@transaction +time +eval -@dangerous"
+"""Of the user by which a fleet uses Redis: its own keys, and no command that looks at or harms anything else."""
 
 
 def incarnation() -> str:

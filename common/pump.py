@@ -120,7 +120,7 @@ def bind(socket: zmq.Socket[bytes], host: str) -> str:
     """Bind to a free port of `host` (an address or a name of this machine) and give the address to announce. Raises StartError."""
     try:
         address = sockets.gethostbyname(host)
-        if address == "0.0.0.0":
+        if address == "0.0.0.0":  # noqa: S104
             raise OSError("others could not reach it: it must be one address of this machine")
         return f"tcp://{address}:{socket.bind_to_random_port(f'tcp://{address}')}"
     except (OSError, zmq.ZMQError) as error:

@@ -134,7 +134,7 @@ class JobQueue:
     async def claim(self, consumer: Incarnation) -> Claimed | None:
         """The next job, of the first class that has one; does not wait."""
         for job_class in names.CLASSES:
-            claimed = await self._read(consumer, {self._streams[job_class]: ">"}, None)
+            claimed = await self._read(consumer, {self._streams[job_class]: ">"})
             if claimed:
                 return claimed[0]
         return None
@@ -144,11 +144,20 @@ class JobQueue:
         block_ms = max(1, int(min(timeout_s, LONGEST_WAIT_S) * 1000))
         return await self._read(consumer, dict.fromkeys(self._classes, ">"), block_ms)
 
-    async def _read(self, consumer: Incarnation, streams: dict[str, str], block_ms: int | None) -> list[Claimed]:
-        async def read() -> Any:
-            return await self._redis.xreadgroup(names.GROUP, consumer, streams, count=1, block=block_ms)
+    async def _read(self, consumer: Incarnation, streams: dict[str, str], block_ms: int | None = None) -> list[Claimed]:
+        """A read that does not wait also asks for Redis' time: what it finds may have stood there for long."""
 
-        answer = await self._with_groups(read, repeat=False) or []
+        async def read() -> tuple[Any, float]:
+            if block_ms is not None:
+                return await self._redis.xreadgroup(names.GROUP, consumer, streams, count=1, block=block_ms), 0.0
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.xreadgroup(names.GROUP, consumer, streams, count=1)
+            pipe.time()
+            found, (seconds, micros) = await pipe.execute()
+            return found, seconds + micros / 1e6
+
+        found, now_s = await self._with_groups(read, repeat=False)
+        answer = found or []
         claimed: list[Claimed] = []
         for stream, messages in answer.items() if isinstance(answer, dict) else answer:
             job_class = self._classes[stream.decode() if isinstance(stream, bytes) else stream]
@@ -156,7 +165,7 @@ class JobQueue:
                 entry = Entry(job_class, entry_id.decode())
                 job = await self._decoded(entry, fields)
                 if job is not None:
-                    claimed.append(Claimed(entry, job))
+                    claimed.append(Claimed(entry, job, max(0.0, now_s - stamp(entry.id)[0] / 1000)))
         return claimed
 
     async def _decoded(self, entry: Entry, fields: dict[bytes, bytes]) -> Job | None:

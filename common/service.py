@@ -219,7 +219,7 @@ def check(settings: CommonSettings) -> int:
         os.kill(int(facts["pid"]), 0)
         if "http_port" in facts:
             host = facts.get("http_host", "127.0.0.1")
-            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+            host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
             url = f"http://{f'[{host}]' if ':' in host else host}:{facts['http_port']}/health"
             direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             direct.open(url, timeout=CHECK_S).close()

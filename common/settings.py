@@ -38,6 +38,10 @@ class CommonSettings:
     redis_url: str = setting("redis://127.0.0.1:6379/0", "Redis 7 or Valkey 8, or newer", secret=True)
     fleet: str = setting("default", "processes of one fleet serve one model together")
     redis_password_file: str | None = setting(None, "file with the password for redis_url, so that it stands in no environment")
+    redis_ca_file: str | None = setting(None, "certificates that a rediss:// server must be signed by; default: the system's")
+    fleet_secret_file: str | None = setting(
+        None, "file with the fleet's secret: tokens and control are then encrypted, and who does not have it is refused"
+    )
     host: str = setting(
         "127.0.0.1", "address on which internal sockets are bound and announced to the fleet; auto: the one by which Redis is reached"
     )
@@ -95,14 +99,23 @@ class GatewaySettings(CommonSettings):
     max_body_bytes: int = setting(4 << 20, "largest request body", low=1024)
     max_running: int = setting(1024, "requests accepted at once; more are answered 429", low=1)
     max_queued: int = setting(256, "requests that wait for a prefill; more are answered 429", low=1)
+    max_ttft_s: float = setting(
+        30.0, "a request that waits and whose first token is predicted to take longer is answered 429", low=0.01, high=86400
+    )
+    max_tpot_s: float | None = setting(
+        None, "a request with which the decodes' steps are predicted to take longer is answered 429; default: no limit", low=0.001, high=60
+    )
     deadline_s: float = setting(600.0, "a request that is not complete by then is given up", low=1, high=86400)
     write_timeout_s: float = setting(60.0, "a client that takes nothing for this long is disconnected", low=1, high=3600)
     max_connections: int = setting(4096, "HTTP connections at once; a further one is answered 503", low=1, high=1_000_000)
-    api_keys: str = setting("", "keys that clients must show: KEY or NAME:KEY, separated by commas", secret=True)
+    api_keys: str = setting("", "keys that clients must show: [NAME:]KEY or [NAME:]sha256:DIGEST, separated by commas", secret=True)
     api_keys_file: str | None = setting(None, "file with more of them, one a line; # begins a comment")
     key_running: int | None = setting(None, "requests of one key at once; more are answered 429; default: no limit", low=1)
     key_requests_per_minute: int | None = setting(
         None, "requests of one key within a minute; more are answered 429; default: no limit", low=1, high=100_000
+    )
+    key_tokens_per_minute: int | None = setting(
+        None, "tokens of one key within a minute, prompts and answers; more are answered 429; default: no limit", low=1, high=1_000_000_000
     )
     allow_anonymous: Anonymous = setting(
         "loopback", "whom to serve without keys: this host only (loopback), or anyone who reaches the port"

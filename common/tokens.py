@@ -17,6 +17,8 @@ from common.faults import NONE, MessageFault
 from common.logs import get_logger
 from common.messages import Event, Incarnation, Parcel, decode, encode
 from common.pump import Pump, bind, new_socket
+from common.refusals import Refusals
+from common.seal import Seal
 
 log = get_logger(__name__)
 
@@ -28,13 +30,15 @@ MAX_PARCEL_BYTES = 64 << 20
 class TokenSubscriber:
     """A gateway's end. Parcels come in order per worker."""
 
-    def __init__(self, incarnation: Incarnation, host: str, on_parcel: Callable[[Parcel], None]) -> None:
+    def __init__(self, incarnation: Incarnation, host: str, on_parcel: Callable[[Parcel], None], seal: Seal | None = None) -> None:
         self._incarnation = incarnation
         self._on_parcel = on_parcel
         socket = new_socket(zmq.SUB, HIGH_WATER, MAX_PARCEL_BYTES)
         socket.setsockopt(zmq.SUBSCRIBE, incarnation.encode())
+        if seal is not None:
+            seal.serve(socket)
         self.address = bind(socket, host)
-        self.dropped = 0
+        self.refusals = Refusals(log, "a parcel")
         """Messages that were no parcels for us."""
         self._pump = Pump(socket, self._received)
 
@@ -45,11 +49,10 @@ class TokenSubscriber:
         try:
             parcel = decode(frames[-1], Parcel)
         except MessageError as error:
-            self.dropped += 1
-            log.warning("a malformed parcel", reason=error)
+            self.refusals.note("malformed", error=error)
             return
         if parcel.to != self._incarnation:
-            self.dropped += 1
+            self.refusals.note("for another")
             return
         self._on_parcel(parcel)
 
@@ -57,7 +60,9 @@ class TokenSubscriber:
 class _Link:
     """One gateway's XPUB, and whether its subscription is in force."""
 
-    def __init__(self, gateway: Incarnation, address: str, on_change: Callable[[bool], None], fault: MessageFault) -> None:
+    def __init__(
+        self, gateway: Incarnation, address: str, on_change: Callable[[bool], None], seal: Seal | None, fault: MessageFault
+    ) -> None:
         self.topic = gateway.encode()
         self.address = address
         self.open = False
@@ -65,6 +70,8 @@ class _Link:
         socket = new_socket(zmq.XPUB, HIGH_WATER, MAX_PARCEL_BYTES)
         socket.setsockopt(zmq.XPUB_NODROP, 1)
         socket.setsockopt(zmq.IMMEDIATE, 1)
+        if seal is not None:
+            seal.trust(socket)
         try:
             socket.connect(address)
         except zmq.ZMQError as error:
@@ -81,8 +88,15 @@ class _Link:
 class TokenPublisher:
     """A worker's end: links to all gateways it knows. To be used on the event loop's thread only."""
 
-    def __init__(self, incarnation: Incarnation, on_open: Callable[[Incarnation], None] | None = None, fault: MessageFault = NONE) -> None:
+    def __init__(
+        self,
+        incarnation: Incarnation,
+        on_open: Callable[[Incarnation], None] | None = None,
+        seal: Seal | None = None,
+        fault: MessageFault = NONE,
+    ) -> None:
         self._incarnation = incarnation
+        self._seal = seal
         self._on_open = on_open
         self._fault = fault
         self._links: dict[Incarnation, _Link] = {}
@@ -93,7 +107,7 @@ class TokenPublisher:
         if link is not None and link.address == address:
             return
         self.close(gateway)
-        self._links[gateway] = _Link(gateway, address, partial(self._changed, gateway), self._fault)
+        self._links[gateway] = _Link(gateway, address, partial(self._changed, gateway), self._seal, self._fault)
 
     def is_open(self, gateway: Incarnation) -> bool:
         """Whether the gateway's subscription is in force, so that what is sent can arrive."""

@@ -8,11 +8,13 @@ import time
 from common.faults import parse
 from common.names import BEAT_S
 from common.queue import connect
+from common.seal import read_seal
 from common.service import Service, end, leave, run
 from common.settings import GatewaySettings
 from gateway.access import access_of, origins_of
 from gateway.app import Bounds, create_app
 from gateway.desk import LiveDesk
+from gateway.forecast import Bounds as Acceptable
 from gateway.metrics import Metrics
 from gateway.prompts import Model
 from gateway.server import GRACE_S, HttpServer, check_open
@@ -25,7 +27,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
     origins = origins_of(settings.cors_origins)
     check_open(settings.http_host, keys=access is not None, anyone=settings.allow_anonymous == "anyone")
     model = await asyncio.to_thread(Model, settings.model, settings.model_name)
-    redis = connect(settings.redis_url)
+    redis = connect(settings.redis_url, settings.redis_ca_file)
     metrics = Metrics()
     desk = LiveDesk(
         service.incarnation,
@@ -37,6 +39,8 @@ async def main(settings: GatewaySettings, service: Service) -> None:
         max_queued=settings.max_queued,
         fault=parse(settings.message_fault),
         on_reenqueued=metrics.reenqueue.observe,
+        bounds=Acceptable(settings.max_ttft_s, settings.max_tpot_s),
+        seal=read_seal(settings.fleet_secret_file),
     )
     bounds = Bounds(settings.max_body_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)
     server = HttpServer(
@@ -71,6 +75,7 @@ async def _export(desk: LiveDesk, metrics: Metrics) -> None:
         metrics.running.set(desk.running)
         metrics.queued.set(desk.queued)
         metrics.recoveries.set(desk.recoveries)
+        metrics.refused_messages.set(desk.refused)
         for role in ("prefill", "decode", "colocated"):
             beats = [beat for beat in desk.workers.values() if beat.role == role]
             metrics.workers.labels(role).set(len(beats))

@@ -15,8 +15,9 @@ def access_of(settings: GatewaySettings) -> Access | None:
     """None without keys. Raises SettingError."""
     keys = read_keys(settings.api_keys, settings.api_keys_file)
     if keys is not None:
-        return Access(keys, Meters(keys.names, settings.key_running, settings.key_requests_per_minute))
-    for name in ("key_running", "key_requests_per_minute"):
+        limits = (settings.key_running, settings.key_requests_per_minute, settings.key_tokens_per_minute)
+        return Access(keys, Meters(keys.names, *limits, keys.allowances))
+    for name in ("key_running", "key_requests_per_minute", "key_tokens_per_minute"):
         if getattr(settings, name) is not None:
             raise SettingError(f"{name} is set, but there are no keys: set api_keys or api_keys_file")
     return None

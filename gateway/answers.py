@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from common.logs import get_logger
 from gateway.ask import Desk
 from gateway.bodies import read_body
 from gateway.chorus import Chorus
+from gateway.gate import METER
 from gateway.metrics import Metrics
 from gateway.parameters import Limits, Wish, parse
 from gateway.prompts import Model
 from gateway.replies import Form, error_body, server_timing, timeline_body, usage_body
 from gateway.speech import Broken, Piece, Speech
 from gateway.sse import DONE, KEEP_ALIVE_S, EventStream, event, gone
+from gateway.tab import Tab
 
 log = get_logger(__name__)
 
@@ -60,11 +63,12 @@ class Answers:
         try:
             body = await read_body(request, self._bounds.max_body_bytes, self._bounds.body_s)
             wish = await self._wish(body, chat=chat)
-            chorus = self._chorus(wish)
+            tab = Tab(request.scope.get(METER), wish.asks, time.monotonic())
+            chorus = self._chorus(wish, tab)
         except RequestError as error:
             self._metrics.refused(outcome(error))
             raise
-        said = _Said(chorus, self._metrics)
+        said = _Said(chorus, self._metrics, tab)
         form = Form(("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12), chat, self._model, wish.asks[0].sampling.logprobs)
         if wish.stream:
             return await self._streamed(request, said, wish, form)
@@ -80,7 +84,7 @@ class Answers:
             return await asyncio.to_thread(parse, body, self._model, limits, chat=chat)
         return parse(body, self._model, limits, chat=chat)
 
-    def _chorus(self, wish: Wish) -> Chorus:
+    def _chorus(self, wish: Wish, tab: Tab) -> Chorus:
         """All prompts are accepted, or none."""
         speeches: list[Speech] = []
         try:
@@ -90,6 +94,7 @@ class Answers:
                 speeches += [Speech(answer, ask, wish.stops, self._model, before=before) for answer in answers]
         except BaseException:
             Chorus(speeches, 1).cancel()
+            tab.settle(0, time.monotonic())
             raise
         return Chorus(speeches, wish.asks[0].n)
 
@@ -135,8 +140,9 @@ class Answers:
 class _Said:
     """Answers being said: each counted once, however it ends, and cancelled with its end."""
 
-    def __init__(self, chorus: Chorus, metrics: Metrics) -> None:
+    def __init__(self, chorus: Chorus, metrics: Metrics, tab: Tab) -> None:
         self.chorus = chorus
+        self._tab = tab
         self._metrics = metrics
         self._outcome = "cancelled"
         """Of those that have not finished."""
@@ -161,6 +167,8 @@ class _Said:
             return
         self._closed = True
         self.chorus.cancel()
+        used = self.chorus.usage
+        self._tab.settle(used.prompt_tokens + used.completion_tokens, time.monotonic())
         for choice, speech in enumerate(self.chorus.speeches):
             prompt_tokens = speech.usage.prompt_tokens if self.chorus.leads(choice) else 0
             self._metrics.ended(speech.finish or self._outcome, speech.timeline.settled(), prompt_tokens, speech.usage.completion_tokens)

@@ -19,9 +19,12 @@ from common.logs import get_logger
 from common.messages import PROTOCOL, GatewayBeat, Identity, Incarnation, Introduction, Job, Letter, Mismatch, Parcel, WorkerBeat
 from common.names import BEAT_S
 from common.queue import Entry, JobQueue
+from common.refusals import Refusals
+from common.seal import Seal
 from common.tokens import TokenSubscriber
 from gateway.ask import Ask, Timeline, Update
 from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
+from gateway.forecast import MOST_WAIT_S, Bounds, Forecast
 from gateway.ledger import AGAIN_S, FlightId, Ledger
 
 log = get_logger(__name__)
@@ -34,8 +37,10 @@ WRITERS = 4
 class LiveAnswer:
     """A running answer: the ledger's words wait here until the client's side takes them (at most `max_tokens` of them)."""
 
-    def __init__(self, desk: LiveDesk, flight: FlightId, timeline: Timeline) -> None:
+    def __init__(self, desk: LiveDesk, flight: FlightId, ask: Ask, timeline: Timeline) -> None:
         self._flight = flight
+        self.tokens = len(ask.prompt)
+        """Whose KV the fleet holds for it, once it has begun."""
         self.timeline = timeline
         self._desk = desk
         self._updates: asyncio.Queue[Update] = asyncio.Queue()
@@ -55,6 +60,7 @@ class LiveAnswer:
         self._desk.cancel(self._flight)
 
     def put(self, update: Update) -> None:
+        self.tokens += len(update.tokens)
         self._updates.put_nowait(update)
 
 
@@ -71,6 +77,8 @@ class LiveDesk:
         *,
         max_running: int,
         max_queued: int,
+        bounds: Bounds,
+        seal: Seal | None = None,
         fault: MessageFault = NONE,
         on_reenqueued: Callable[[float], None] = lambda seconds: None,
     ) -> None:
@@ -82,8 +90,10 @@ class LiveDesk:
         self._tokenizer = tokenizer
         self._max_running, self._max_queued = max_running, max_queued
         self._on_reenqueued = on_reenqueued
-        self._subscriber = TokenSubscriber(incarnation, host, self._parcel)
-        self._control = ControlClient(incarnation, self._letter, fault)
+        self._forecast = Forecast(bounds)
+        self._refusals = Refusals(log, "a worker's word")
+        self._subscriber = TokenSubscriber(incarnation, host, self._parcel, seal)
+        self._control = ControlClient(incarnation, self._letter, seal, fault)
         self._ledger = Ledger(incarnation, self._subscriber.address)
         self._liveness = Liveness()
         self._beats: dict[Incarnation, WorkerBeat] = {}
@@ -99,6 +109,8 @@ class LiveDesk:
         """What Redis did not take; tried again once a second."""
         self._identity: Identity | None = None
         self._sequence = 0
+        self._waiting_tokens: list[int] = []
+        """By class, as of the last beat."""
 
     # ----------------------------------------------------------------------------------------------- what HTTP may ask
 
@@ -125,6 +137,11 @@ class LiveDesk:
         return self._ledger.queued
 
     @property
+    def refused(self) -> int:
+        """Messages of the fleet's sockets that were not taken."""
+        return self._refusals.total + self._subscriber.refusals.total + self._control.refusals.total
+
+    @property
     def workers(self) -> dict[Incarnation, WorkerBeat]:
         """The latest beat of every live worker."""
         return {name: beat for name, beat in self._beats.items() if name in self._liveness.alive}
@@ -141,7 +158,7 @@ class LiveDesk:
         request_id = secrets.token_hex(12)
         actions = self._ledger.open(request_id, ask, time.monotonic())
         flights = [(request_id, choice) for choice in range(ask.n)]
-        answers = [LiveAnswer(self, flight, self._ledger.timeline(*flight)) for flight in flights]
+        answers = [LiveAnswer(self, flight, ask, self._ledger.timeline(*flight)) for flight in flights]
         self._answers.update(zip(flights, answers, strict=True))
         self._idle.clear()
         self._do(actions)
@@ -153,6 +170,8 @@ class LiveDesk:
 
     def _take(self, flight: FlightId) -> LiveAnswer | None:
         answer = self._answers.pop(flight, None)
+        if answer is not None and answer.timeline.ttft_s and self._identity is not None:
+            self._forecast.ended(-(-answer.tokens // self._identity.page_tokens), time.monotonic())
         if not self._answers:
             self._idle.set()
         return answer
@@ -174,8 +193,11 @@ class LiveDesk:
         limit = identity.max_request_pages * identity.page_tokens
         if tokens > limit:
             raise BadRequest(f"prompt and max_tokens are {tokens} tokens, this fleet serves {limit} a request", param="max_tokens")
+        now, load, workers = time.monotonic(), self._ledger.load(), self.workers.values()
         if len(self._ledger) + ask.n > self._max_running or self._ledger.queued >= self._max_queued:
-            raise Overloaded("too many requests are waiting: try again later", retry_after_s=self._ledger.retry_after_s(time.monotonic()))
+            wait_s, _ = self._forecast.ttft_s(ask.job_class, 0, load, workers)
+            raise Overloaded("too many requests are waiting", retry_after_s=min(MOST_WAIT_S, wait_s))
+        self._forecast.check(ask, load, workers, now, identity.page_tokens)
 
     # ------------------------------------------------------------------------------------------------------- its tasks
 
@@ -209,6 +231,9 @@ class LiveDesk:
 
     def _parcel(self, parcel: Parcel) -> None:
         now = time.monotonic()
+        if parcel.sender not in self._control.peers:  # nobody has introduced it: what it says now its beats say again
+            self._refusals.note("stranger")
+            return
         for event in parcel.events:
             if isinstance(event, WorkerBeat):
                 self._liveness.heard(parcel.sender, now)
@@ -224,13 +249,21 @@ class LiveDesk:
         """Redis names whom to knock at. Workers that have vanished from it are disconnected once they are also silent."""
         self._identify(identity)
         for name, member in members.items():
-            if member.role != "gateway" and name not in self._control.peers:
-                self._control.connect(name, member.control_address)
-                self._ledger.join(name, member.role)
-                self._beat_to(name)
+            if member.role == "gateway" or name in self._control.peers:
+                continue
+            if not self._fits(member):
+                self._refusals.note("mismatch", worker=name)
+                continue
+            self._control.connect(name, member.control_address)
+            self._ledger.join(name, member.role)
+            self._beat_to(name)
         for name in set(self._control.peers) - set(members):
             if name not in self._liveness.alive:
                 self._control.disconnect(name)
+
+    def _fits(self, member: Introduction) -> bool:
+        same = self._identity is None or member.fingerprint == self._identity.fingerprint
+        return same and member.protocol == PROTOCOL
 
     def _identify(self, identity: Identity | None) -> None:
         if identity is None or identity == self._identity:
@@ -244,6 +277,7 @@ class LiveDesk:
     async def _beat_forever(self) -> None:
         while True:
             self._sequence += 1
+            self._waiting_tokens = list(self._ledger.load().waiting_tokens.values())
             for worker in tuple(self._control.peers):
                 self._beat_to(worker)
             now = time.monotonic()
@@ -258,8 +292,8 @@ class LiveDesk:
     def _beat_to(self, worker: Incarnation) -> None:
         if self._identity is None:
             return
-        seen = self._ledger.seen(worker)
-        beat = GatewayBeat(self._sequence, self._subscriber.address, self._fleet_name, self._identity.fingerprint, PROTOCOL, seen)
+        seen, fingerprint = self._ledger.seen(worker), self._identity.fingerprint
+        beat = GatewayBeat(self._sequence, self._subscriber.address, self._fleet_name, fingerprint, PROTOCOL, seen, self._waiting_tokens)
         self._control.send(worker, beat)
 
     async def _judge_forever(self) -> None:

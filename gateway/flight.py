@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from common.errors import RequestError
 from common.messages import Cancel, Choice, FinishReason, Incarnation, Job, Key, Resend, Role, Token, Tokens
+from common.names import CLASSES
 from common.queue import Entry, Pending
 from gateway.ask import Ask, Timeline
 
@@ -126,6 +127,16 @@ class Flight:
     def index(self) -> int:
         """Absolute index of the next token to show."""
         return len(self.accepted)
+
+    @property
+    def tokens(self) -> int:
+        """To be prefilled by the present attempt."""
+        return len(self.ask.prompt) + self.index
+
+    @property
+    def job_class(self) -> str:
+        """Of the queue: what has begun once goes before everything new."""
+        return self.ask.job_class if self.attempt == 1 else CLASSES[0]
 
     @property
     def suspicion(self) -> int:

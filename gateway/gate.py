@@ -13,6 +13,9 @@ from gateway.keys import Keys
 from gateway.limits import Meters
 from gateway.metrics import Metrics
 
+METER = "baton.meter"
+"""In the scope of a metered request: its client's meter."""
+
 
 @dataclass(frozen=True, slots=True)
 class Access:
@@ -41,6 +44,7 @@ class Gate:
             meter = self._access.meters[name] if self._metered else None
             if meter is not None:
                 meter.take(began)
+                scope[METER] = meter
         except RequestError as error:
             self._metrics.refused(error.code or error.type)
             raise

@@ -30,10 +30,11 @@ from common.messages import (
     Tokens,
     WorkerBeat,
 )
-from common.names import DEAD_S
+from common.names import CLASSES, DEAD_S
 from common.queue import Absent, Entry, EntryState, Pending
 from gateway.ask import Ask, Timeline
 from gateway.flight import Action, Bury, End, Flight, Put, Remove, Show, Tell
+from gateway.forecast import Load
 
 FlightId: TypeAlias = tuple[str, int]
 
@@ -212,10 +213,13 @@ class Ledger:
         """Requests that have to run alone (rule 11)."""
         return {flight.request_id for flight in self._flights.values() if flight.alone}
 
-    def retry_after_s(self, now: float) -> float:
-        """How long the longest waiting request has waited: as long as a newcomer should stay away at least."""
-        waits = [now - flight.put_at for flight in self._waiting()]
-        return min(30.0, max([1.0, *waits]))
+    def load(self) -> Load:
+        """What waits and what has no place on a decode yet."""
+        waiting = dict.fromkeys(CLASSES, 0)
+        for flight in self._waiting():
+            waiting[flight.job_class] += flight.tokens
+        unplaced = [flight for flight in self._flights.values() if flight.decode is None and flight.settled_at is None]
+        return Load(waiting, sum(flight.tokens for flight in unplaced if flight.rides is None), len(unplaced))
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
@@ -376,8 +380,7 @@ class Ledger:
         for one in (flight, *riders):
             one.put_at = now
         flight.put_again_at = None
-        job_class = flight.ask.job_class if flight.attempt == 1 else "resume"
-        return Put(flight.job(self._gateway, self._tokens_address, riders, now), job_class, silent_since)
+        return Put(flight.job(self._gateway, self._tokens_address, riders, now), flight.job_class, silent_since)
 
     def _let_go(self, flight: Flight) -> list[Action]:
         """Cancel the present attempt wherever it may be."""

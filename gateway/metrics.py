@@ -41,6 +41,7 @@ class Metrics:
             buckets=REENQUEUE_SECONDS,
             registry=r,
         )
+        self.refused_messages = Gauge("baton_refused_messages", "Messages of the fleet's sockets that were not taken", registry=r)
         self.ttft = Histogram("baton_ttft_seconds", "Time to the first token", buckets=SECONDS, registry=r)
         self.tpot = Histogram("baton_tpot_seconds", "Mean time per output token after the first", buckets=TPOT_SECONDS, registry=r)
         self.total = Histogram("baton_request_seconds", "From acceptance to the last token", buckets=SECONDS, registry=r)

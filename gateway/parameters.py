@@ -33,7 +33,6 @@ HARMLESS: dict[str, Callable[[Any], bool]] = {
     "user": lambda v: isinstance(v, str),
     "store": lambda v: v is False,
     "metadata": lambda v: isinstance(v, dict),
-    "service_tier": lambda v: v in ("auto", "default"),
     "parallel_tool_calls": lambda v: isinstance(v, bool),
     "safety_identifier": lambda v: isinstance(v, str),
     "prompt_cache_key": lambda v: isinstance(v, str),
@@ -68,10 +67,13 @@ SHARED = frozenset(
         "timeline",
         "n",
         "priority",
+        "service_tier",
         "deadline",
     }
 )
 CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
+TIERS = {"auto": None, "default": None, "flex": "batch", "priority": "priority"}
+"""OpenAI's words for classes of the queue; None: as `priority` says."""
 STREAM_OPTIONS = frozenset({"include_usage", "continuous_usage_stats", "include_obfuscation"})
 COMPLETION = SHARED | {"prompt", "echo", "best_of"}
 
@@ -167,11 +169,17 @@ def _choices(fields: dict[str, Any], prompts: int) -> int:
 
 
 def _priority(fields: dict[str, Any]) -> str:
-    """The class of the queue."""
+    """The class of the queue, by OpenAI's `service_tier` or by `priority`."""
     priority = fields.get("priority", "interactive")
     if priority not in ("interactive", "batch"):
         raise BadRequest("priority must be interactive or batch", param="priority")
-    return str(priority)
+    tier = fields.get("service_tier", "auto")
+    if not isinstance(tier, str) or tier not in TIERS:
+        raise BadRequest(f"service_tier must be one of {', '.join(TIERS)}", param="service_tier")
+    by_tier = TIERS[tier]
+    if by_tier is not None and "priority" in fields and priority != by_tier:
+        raise BadRequest(f"priority {priority} contradicts service_tier {tier}: leave one out", param="priority")
+    return by_tier or str(priority)
 
 
 def _echo(fields: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from gateway.parameters import (
     MOST_LOGPROBS,
     MOST_STOP_CHARACTERS,
     MOST_STOPS,
+    TIERS,
 )
 from gateway.prompts import Model
 
@@ -110,6 +111,12 @@ def _shared(model: Model, deadline_s: float) -> dict[str, Schema]:
             "default": "interactive",
             "description": "A batch request is served when nobody else waits (Baton's own)",
         },
+        "service_tier": {
+            "type": "string",
+            "enum": list(TIERS),
+            "default": "auto",
+            "description": "flex: like priority batch; priority: before all others, if the key may; auto and default: as priority says",
+        },
         "deadline": _number("Seconds after which the request is given up (Baton's own)", LEAST_DEADLINE_S, deadline_s, deadline_s),
         **_without_effect(),
     }
@@ -121,7 +128,6 @@ def _without_effect() -> dict[str, Schema]:
         "user": _unused({"type": "string"}),
         "store": _only(False),
         "metadata": _unused({"type": "object"}),
-        "service_tier": _unused({"type": "string", "enum": ["auto", "default"]}),
         "parallel_tool_calls": _unused({"type": "boolean"}),
         "safety_identifier": _unused({"type": "string"}),
         "prompt_cache_key": _unused({"type": "string"}),

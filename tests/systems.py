@@ -12,13 +12,17 @@ from scripts.launcher.__main__ import wait_served
 from scripts.launcher.cluster import Cluster, Shape
 
 SETTLE_S = 10.0
+TALKATIVE = {"log_level": "debug"}
+"""All that is ever logged, so that what must not be is noticed."""
 SMALL = {"max_request_tokens": "2048", "pages": "640"}
 """Pools that the tests can fill, for every worker."""
 
 
 def small(model: Path, **shape: Any) -> Shape:
-    flags = {**SMALL, **shape.pop("worker_flags", {})}
-    return Shape(model=model, dtype="float32", model_name="smollm2", worker_flags=flags, **shape)
+    flags = {**SMALL, **TALKATIVE, **shape.pop("worker_flags", {})}
+    roles = shape.pop("role_flags", {})
+    roles = {**roles, "gateway": {**TALKATIVE, **roles.get("gateway", {})}}
+    return Shape(model=model, dtype="float32", model_name="smollm2", worker_flags=flags, role_flags=roles, **shape)
 
 
 def figures(cluster: Cluster, name: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
 HEAVY = {"torch", "transformers", "ucxx"}
 PURE = {
     f"services/engine/{name}.py"
-    for name in ("sequence", "plan", "pages", "policies", "run", "inbound", "scheduler", "engine", "prefixes", "binding", "budgets")
+    for name in ("sequence", "plan", "pages", "policies", "run", "inbound", "scheduler", "engine", "prefixes", "binding", "budgets", "pace")
 } | {
     "services/prefill/core.py",
     "services/prefill/handoffs.py",

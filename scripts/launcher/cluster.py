@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import tempfile
 import time
@@ -52,6 +53,8 @@ class Cluster:
         self._say = say
         self._scratch = tempfile.TemporaryDirectory(prefix="baton-run-")
         self.folder = Path(self._scratch.name)
+        self.secret = self.folder / "fleet-secret"
+        self.secret.write_text(secrets.token_hex(32))
         self.valkey = (valkey or Valkey()) if shape.redis_url is None else None
         self.children = self._plan()
 
@@ -65,7 +68,7 @@ class Cluster:
 
     @property
     def redis_url(self) -> str:
-        return self.shape.redis_url or (self.valkey.url if self.valkey is not None else "")
+        return self.shape.redis_url or (self.valkey.fleet_url if self.valkey is not None else "")
 
     @property
     def gateways(self) -> list[Child]:
@@ -85,7 +88,8 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        return {"BATON_REDIS_URL": self.redis_url, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **self.shape.env}
+        own = {"BATON_REDIS_URL": self.redis_url, "BATON_FLEET_SECRET_FILE": str(self.secret)}
+        return {**own, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **self.shape.env}
 
     # ----------------------------------------------------------------------------------------------------------- life
 

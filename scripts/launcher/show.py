@@ -27,9 +27,9 @@ class Progress:
 
 
 def first_key(environ: Mapping[str, str]) -> str | None:
-    """The first API key that the gateways are given by this environment, if any. Raises SettingError."""
+    """The first API key that the gateways are given in the clear by this environment, if any. Raises SettingError."""
     keys = given_keys(environ.get("BATON_API_KEYS", ""), environ.get("BATON_API_KEYS_FILE") or None)
-    return keys[0][1] if keys else None
+    return next((one.key for one in keys if one.key is not None), None)
 
 
 def stream_answer(url: str, model: str, question: str, max_tokens: int, key: str | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common import names
 from scripts.launcher.child import die_with_parent
 
 START_S = 10.0
@@ -37,6 +38,11 @@ class Valkey:
         return f"redis://:{self._password}@{self._hosts[0]}:{self.port}/0"
 
     @property
+    def fleet_url(self) -> str:
+        """As the user that a fleet is: see `names.REDIS_RIGHTS`."""
+        return self.url.replace("//:", f"//{names.REDIS_USER}:")
+
+    @property
     def pid(self) -> int:
         assert self._process is not None
         return self._process.pid
@@ -53,6 +59,7 @@ class Valkey:
         config.write_text(
             f"port {self.port}\nbind {' '.join(self._hosts)}\nrequirepass {self._password}\ndir {self._folder.name}\n"
             f'save ""\nappendonly {"yes" if self._persistent else "no"}\nappendfsync no\nappenddirname {DATA}\n'
+            f"user {names.REDIS_USER} on >{self._password} {names.REDIS_RIGHTS}\n"
             "loglevel warning\nmaxmemory 1gb\nmaxmemory-policy noeviction\n"
         )
         config.chmod(0o600)

@@ -30,6 +30,7 @@ class Record:
     input_tokens: int
     output_tokens: int
     sent_s: float = 0.0
+    done_s: float = 0.0
     at_s: list[float] = field(default_factory=list)
     got_tokens: int = 0
     status: int = 0
@@ -101,6 +102,8 @@ async def send(client: httpx.AsyncClient, server: Server, question: Question, du
                     take(record, json.loads(line[6:]), time.monotonic() - start)
     except (httpx.HTTPError, ValueError) as error:
         record.error = f"{type(error).__name__} {error}"
+    finally:
+        record.done_s = time.monotonic() - start
     if record.error is None and record.got_tokens < record.output_tokens:
         record.error = f"cut after {record.got_tokens} of {record.output_tokens} tokens"
     return record

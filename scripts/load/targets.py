@@ -106,7 +106,7 @@ def _shape(
         device=hardware.device,
         dtype=hardware.dtype,
         worker_flags=common,
-        role_flags={"gateway": {"max_queued": "100000", "max_running": "100000"}},
+        role_flags={"gateway": {"max_queued": "100000", "max_running": "100000", "max_ttft_s": "86400"}},
     )
 
 

@@ -75,4 +75,4 @@ class ColocatedWorker(Worker[Action]):
         now = time.monotonic()
         for claimed in batch:
             self.gateways.meet(claimed.job.gateway, claimed.job.tokens_address)
-            self.do(self._runs.claimed(claimed.entry, claimed.job, now))
+            self.do(self._runs.claimed(claimed.entry, claimed.aged, now))

@@ -64,9 +64,13 @@ class DecodeWorker(Worker[Action]):
         if isinstance(body, PeerBeat):
             reason = self._mismatch(body)
             if reason is not None:
+                self.server.refusals.note("mismatch", sender=peer)
                 self.server.send(peer, Mismatch(reason))
                 return
             self._prefills.heard(peer, now)
+        elif peer not in self._prefills.alive:
+            self.server.refusals.note("stranger", sender=peer)
+            return
         if isinstance(body, PeerBeat | Offer | Pushed | Withdraw):
             if isinstance(body, Offer):
                 self.gateways.meet(body.job.gateway, body.job.tokens_address)

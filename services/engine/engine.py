@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from common.logs import get_logger
 from common.messages import Key
+from services.engine.pace import Clocked, Pace
 from services.engine.plan import Outcome, Plan, Snapshot, StepOutput
 from services.engine.scheduler import Scheduler
 
@@ -52,6 +54,13 @@ class Engine:
         self.snapshot = scheduler.snapshot()
         """The latest, from any thread: while a launch is under way it says so."""
         self.error: BaseException | None = None
+        self._clocked = Clocked()
+        self._began_at = 0.0
+
+    @property
+    def pace(self) -> Pace:
+        """How fast launches have been of late, from any thread."""
+        return self._clocked.pace
 
     @property
     def launching(self) -> tuple[Key, ...]:
@@ -105,6 +114,8 @@ class Engine:
         return not self._stopping
 
     def _launch(self, plan: Plan) -> None:
+        if not self._under_way:
+            self._began_at = time.monotonic()
         self._under_way.append((plan, None))
         self._report()
         try:
@@ -121,6 +132,9 @@ class Engine:
         except Exception as error:
             self._failed(plan, error)
         else:
+            now = time.monotonic()
+            self._clocked.note(plan, now - self._began_at)
+            self._began_at = now
             self._scheduler.commit(plan, output)
         self._under_way.popleft()
 

@@ -10,6 +10,7 @@ from common.control import ControlClient
 from common.faults import NONE, MessageFault
 from common.logs import get_logger
 from common.messages import Incarnation, Introduction, Layout, Letter, Mismatch, Offer, PeerBeat, Pushed, Shard, Withdraw, WorkerBeat
+from common.seal import Seal
 from services.prefill.routing import Load
 
 log = get_logger(__name__)
@@ -27,9 +28,10 @@ class Peers:
         shards: list[Shard],
         pursued: Callable[[Incarnation], list[int]],
         on_letter: Callable[[Letter], None],
+        seal: Seal | None = None,
         fault: MessageFault = NONE,
     ) -> None:
-        self._client = ControlClient(incarnation, self._receive, fault)
+        self._client = ControlClient(incarnation, self._receive, seal, fault)
         self._on_letter = on_letter
         self._liveness = Liveness()
         self._words = PeerBeat(0, 0, fleet, fingerprint, layout, shards)

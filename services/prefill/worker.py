@@ -69,6 +69,7 @@ class PrefillWorker(Worker[Action]):
             [room.shard],
             self._core.handoffs.pursued,
             self._answer,
+            self.seal,
             self.fault,
         )
         self._claims = Claims(self.queue, self.incarnation, self._wanted_tokens, self._claimed)
@@ -153,7 +154,7 @@ class PrefillWorker(Worker[Action]):
         now = time.monotonic()
         for claimed in batch:
             self.gateways.meet(claimed.job.gateway, claimed.job.tokens_address)
-            self.do(self._core.claimed(claimed.entry, claimed.job, now))
+            self.do(self._core.claimed(claimed.entry, claimed.aged, now))
             self.death.strike("prefill_queue")
 
     def _answer(self, letter: Letter) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 
 from msgspec.structs import replace
 
@@ -12,6 +13,7 @@ from common.control import ControlServer
 from common.faults import NONE, MessageFault
 from common.logs import get_logger
 from common.messages import PROTOCOL, Cancel, GatewayBeat, Incarnation, Key, Letter, Mismatch, Resend, WorkerBeat
+from common.seal import Seal
 from common.tokens import TokenPublisher
 from services.worker.outbox import Outbox
 
@@ -30,14 +32,17 @@ class Gateways:
         *,
         on_cancel: Callable[[Key], None],
         on_over: Callable[[Key], None],
+        seal: Seal | None = None,
         fault: MessageFault = NONE,
     ) -> None:
         self.outbox = Outbox()
         self._fleet = fleet
         self._fingerprint = fingerprint
         self._server = server
-        self._publisher = TokenPublisher(incarnation, fault=fault)
+        self._publisher = TokenPublisher(incarnation, seal=seal, fault=fault)
         self._liveness = Liveness()
+        self._waiting: dict[Incarnation, list[int]] = {}
+        """Prompt tokens that wait at each gateway, by class."""
         self._on_cancel = on_cancel
         self._on_over = on_over
 
@@ -56,6 +61,8 @@ class Gateways:
         match letter.body:
             case GatewayBeat() as beat:
                 self._beat(letter.sender, beat)
+            case Cancel() | Resend() if letter.sender not in self._liveness.alive:
+                self._server.refusals.note("stranger", sender=letter.sender)
             case Cancel(key):
                 for own in self.outbox.meant_by(key) or [key]:
                     self.outbox.forget(own)
@@ -75,7 +82,9 @@ class Gateways:
     def beat(self, facts: WorkerBeat) -> None:
         """Our beat to every gateway, each with its own requests."""
         for gateway in self._liveness.alive:
-            self._publisher.send(gateway, [replace(facts, holding=self.outbox.holding(gateway))])
+            others = [tokens for other, tokens in self._waiting.items() if other != gateway]
+            elsewhere = [sum(column) for column in zip_longest(*others, fillvalue=0)]
+            self._publisher.send(gateway, [replace(facts, holding=self.outbox.holding(gateway), elsewhere_tokens=elsewhere)])
 
     def reap(self) -> list[Incarnation]:
         """Forget gateways that have fallen silent, and all their requests with them."""
@@ -84,6 +93,7 @@ class Gateways:
             log.warning("gateway lost", gateway=gateway, reason=reason)
             self._liveness.forget(gateway)
             self._publisher.close(gateway)
+            self._waiting.pop(gateway, None)
             for key in self.outbox.of(gateway):
                 self.outbox.forget(key)
                 self._on_cancel(key)
@@ -96,9 +106,11 @@ class Gateways:
     def _beat(self, gateway: Incarnation, beat: GatewayBeat) -> None:
         mine, theirs = (self._fleet, self._fingerprint, PROTOCOL), (beat.fleet, beat.fingerprint, beat.protocol)
         if mine != theirs:
+            self._server.refusals.note("mismatch", sender=gateway)
             self._server.send(gateway, Mismatch(f"fleet, fingerprint, protocol are {mine} here and {theirs} there"))
             return
         self.meet(gateway, beat.tokens_address)
         self._liveness.heard(gateway, time.monotonic())
+        self._waiting[gateway] = beat.waiting_tokens
         for key in self.outbox.seen(beat.seen):
             self._on_over(key)

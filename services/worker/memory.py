@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from common.errors import StartError
 from common.logs import get_logger
 
 log = get_logger(__name__)
@@ -29,14 +31,19 @@ PATTERN = "pool-*"
 
 def notes() -> Path:
     """Where this host's workers of this user leave their notes."""
-    shared = Path("/dev/shm")
+    shared = Path("/dev/shm")  # noqa: S108
     return (shared if os.access(shared, os.W_OK) else Path(tempfile.gettempdir())) / f"baton-memory-{os.getuid()}"
 
 
 @contextlib.contextmanager
 def turn(folder: Path) -> Iterator[None]:
-    """One worker of the host at a time, from measuring what is free until its note is written."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """One worker of the host at a time, from measuring what is free until its note is written.
+
+    Raises StartError where somebody else has made the folder: who owns it could say what is free, or have our files written elsewhere.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
+    _check_own(folder)
     with open(folder / "turn", "w") as file:
         deadline = time.monotonic() + TURN_S
         while not _locked(file):
@@ -45,6 +52,12 @@ def turn(folder: Path) -> Iterator[None]:
                 break
             time.sleep(LOOK_S)  # a lock of the file system has no event, and a blocking call no deadline
         yield
+
+
+def _check_own(folder: Path) -> None:
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o22:
+        raise StartError(f"{folder} is not a folder of this user alone: somebody else may have made it; remove it")
 
 
 def leave(folder: Path, pool_bytes: int) -> IO[str]:

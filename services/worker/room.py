@@ -44,6 +44,8 @@ class Room:
     identity: Identity
     """What this worker would make of the fleet if it were the first."""
     memory: Memory
+    prefill_rate: float
+    """Prompt tokens/s, measured at the start."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def build(settings: WorkerSettings, role: Role) -> Room:
         longest_step_s=budgets.longest_step_s,
         identity=identity,
         memory=memory,
+        prefill_rate=budgets.rate,
     )
 
 

@@ -49,7 +49,7 @@ def start(kind: Kind) -> int:
 
     async def main(settings: WorkerSettings, service: Service) -> None:
         pin(settings)
-        redis = connect(settings.redis_url)
+        redis = connect(settings.redis_url, settings.redis_ca_file)
         try:
             async with leased(settings, redis, service):
                 room = await asyncio.to_thread(build, settings, kind.role)

@@ -22,6 +22,7 @@ from common.logs import get_logger
 from common.messages import Identity, Incarnation, Introduction, Key, Letter, Role, WorkerBeat
 from common.names import BEAT_S
 from common.queue import Entry, JobQueue
+from common.seal import read_seal
 from common.service import Service, end
 from common.settings import WorkerSettings
 from services.engine.engine import Engine
@@ -51,7 +52,8 @@ class Worker(ABC, Generic[A]):
         self.identity = identity
         self.queue = JobQueue(redis, settings.fleet, identity.fingerprint)
         self.fault = parse(settings.message_fault)
-        self.server = ControlServer(self.incarnation, settings.host, self._letter, self.fault)
+        self.seal = read_seal(settings.fleet_secret_file)
+        self.server = ControlServer(self.incarnation, settings.host, self._letter, self.seal, self.fault)
         self.gateways = Gateways(
             self.incarnation,
             settings.fleet,
@@ -59,6 +61,7 @@ class Worker(ABC, Generic[A]):
             self.server,
             on_cancel=self._cancelled,
             on_over=self._over,
+            seal=self.seal,
             fault=self.fault,
         )
         self.engine = Engine(room.scheduler, room.runner, self._deliver, name=self.role, on_death=self._engine_died)
@@ -236,7 +239,7 @@ class Worker(ABC, Generic[A]):
 
     def facts(self) -> WorkerBeat:
         """Our beat, without anybody's holdings."""
-        pool = self.snapshot.pool
+        pool, pace = self.snapshot.pool, self.engine.pace
         return WorkerBeat(
             role=self.role,
             sequence=self._sequence,
@@ -248,6 +251,10 @@ class Worker(ABC, Generic[A]):
             running=self.snapshot.running + self.snapshot.parked,
             waiting=self.snapshot.waiting + self.snapshot.inbound,
             draining=self._draining,
+            prefill_rate=pace.prefill_rate or self.room.prefill_rate,
+            backlog_tokens=max(0, self.snapshot.unplanned_tokens - self.runs.unbegun_tokens),
+            step_s=pace.step_s,
+            each_s=pace.each_s,
         )
 
     def _figures(self) -> dict[str, float]:
@@ -268,6 +275,7 @@ class Worker(ABC, Generic[A]):
             "parked": snapshot.parked,
             "inbound": snapshot.inbound,
             "executions": len(self.gateways.outbox),
+            "refused_messages_total": self.server.refusals.total,
             "pool_bytes": self.room.memory.pool_bytes,
             "memory_free_at_start_bytes": self.room.memory.free_bytes,
             "memory_promised_at_start_bytes": self.room.memory.promised_bytes,

@@ -356,3 +356,26 @@ def test_a_bad_setting_is_one_line(smollm2: Path, flags: list[str], variables: d
     assert (ended.returncode, ended.stdout) == (2, "")
     [line] = ended.stderr.splitlines()
     assert line.startswith("gateway: ") and words in line and "alice:short" not in line
+
+
+# ------------------------------------------------------------------------------------------- what one key may use besides
+
+
+def test_tokens_and_priority_are_the_key_s(smollm2: Path) -> None:
+    listed = f"alice:{ALICE} tokens=40 priority,bob:{BOB}"
+    keys = read_keys(listed, None)
+    assert keys is not None
+    with serving(smollm2, Access(keys, Meters(keys.names, own=keys.allowances))) as served:
+        served.desk.scripts = lambda ask: Script([100])
+        assert post(served, service_tier="priority", max_tokens=30).status_code == 200
+        assert served.desk.asks[-1].job_class == "priority"
+        assert post(served, max_tokens=30).status_code == 200, "what was not used has been given back"
+        assert post(served, max_tokens=30).status_code == 200
+        refused = post(served, max_tokens=40)
+        assert refused.status_code == 400 and "40 within a minute" in refused.json()["error"]["message"]
+        refused = post(served, max_tokens=38)
+        assert refused.status_code == 429 and 55 < int(refused.headers["Retry-After"]) <= 61
+        assert (refused.json()["error"]["code"], served.outcomes()["rate_limit_exceeded"]) == ("rate_limit_exceeded", 1)
+        assert post(served, BOB, max_tokens=2000).status_code == 200
+        refused = post(served, BOB, service_tier="priority")
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "service_tier"

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
+from msgspec.structs import replace
 from redis.asyncio import Redis
 
 from common import names
@@ -55,7 +56,8 @@ async def claim_id(queue: JobQueue, consumer: str) -> str | None:
 async def test_a_job_comes_out_as_it_went_in_and_once(queue: JobQueue) -> None:
     assert await queue.claim("a") is None
     entry = await queue.put(job("r1"), "interactive")
-    assert await queue.claim("a") == Claimed(entry, job("r1"))
+    claimed = await queue.claim("a")
+    assert claimed is not None and claimed == Claimed(entry, job("r1"), claimed.waited_s) and claimed.waited_s < 1
     assert await queue.claim("a") is None and await queue.claim("b") is None
 
 
@@ -63,8 +65,17 @@ async def test_classes_are_claimed_in_their_order_whatever_the_order_of_putting(
     for job_class in reversed(names.CLASSES):
         for number in range(2):
             await queue.put(job(f"{job_class}{number}"), job_class)
-    claimed = [await claim_id(queue, "a") for _ in range(7)]
-    assert claimed == ["resume0", "resume1", "interactive0", "interactive1", "batch0", "batch1", None]
+    claimed = [await claim_id(queue, "a") for _ in range(9)]
+    ordered = ("resume", "priority", "interactive", "batch")
+    assert claimed == [*(f"{job_class}{number}" for job_class in ordered for number in range(2)), None]
+
+
+async def test_a_claimed_job_has_aged_in_the_queue(queue: JobQueue) -> None:
+    await queue.put(replace(job("r1"), deadline_s=5.0, age_s=1.0), "interactive")
+    await asyncio.sleep(0.3)
+    claimed = await queue.claim("a")
+    assert claimed is not None and 0.25 < claimed.waited_s < 2
+    assert claimed.aged.deadline_s == 5.0 - claimed.waited_s and claimed.aged.age_s == 1.0 + claimed.waited_s
 
 
 async def test_wait_takes_at_most_one_of_each_class(queue: JobQueue) -> None:

@@ -11,16 +11,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
 import uvloop
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from common import messages as m
-from common.control import ControlClient, ControlServer
-from common.errors import StartError
+from common.control import MAX_LETTER_BYTES, ControlClient, ControlServer
+from common.errors import SettingError, StartError
+from common.logs import get_logger
 from common.pump import BURST, Pump, new_socket
+from common.refusals import Refusals
+from common.seal import read_seal, seal_of
 from common.tokens import TokenPublisher, TokenSubscriber
 from scripts.launcher.child import ROOT, die_with_parent
 
@@ -89,7 +94,7 @@ async def test_nothing_is_sent_before_the_subscription_and_nothing_is_lost_after
     await until(lambda: len(parcels) == 2000)
     assert indices(parcels) == list(range(1, 2001))
     assert {(parcel.sender, parcel.to) for parcel in parcels} == {("w", "gw")}
-    assert subscriber.dropped == 0
+    assert subscriber.refusals.total == 0
 
 
 @both_loops
@@ -184,7 +189,7 @@ async def test_what_is_no_parcel_for_us_is_counted_and_dropped(closing: Closing)
     pump.send([b"gw-longer-topic", m.encode(m.Parcel("w", "gw-longer", words(2)))])
     pump.send([b"gw", m.encode(m.Parcel("w", "gw", words(3)))])
     await until(lambda: parcels)
-    assert indices(parcels) == [3] and subscriber.dropped == 5
+    assert indices(parcels) == [3] and subscriber.refusals.total == 5
 
 
 READER = """
@@ -262,7 +267,7 @@ async def test_letters_go_both_ways_in_order(closing: Closing) -> None:
         assert server.send("gw", m.Committed(number))
     await until(lambda: len(at_client) == 1000)
     assert at_client[-1] == m.Letter("w", "gw", m.Committed(999))
-    assert (server.unopened, client.unopened) == (0, 0)
+    assert (server.refusals.total, client.refusals.total) == (0, 0)
 
 
 @both_loops
@@ -317,7 +322,7 @@ async def test_a_successor_on_the_same_address_does_not_open_its_predecessors_ma
     await until(lambda: opened)
     first.close()
     successor = await server_at(first.address, "new", opened.append, closing)
-    await until(lambda: client.send("old", m.Withdraw(2)) and successor.unopened)
+    await until(lambda: client.send("old", m.Withdraw(2)) and successor.refusals.total)
     client.connect("new", first.address)
     client.send("new", m.Withdraw(3))
     await until(lambda: len(opened) == 2)
@@ -384,7 +389,7 @@ async def test_letters_that_are_not_for_us_or_lie_about_their_sender_are_not_ope
         pump.send([body])
     pump.send([m.encode(m.Letter("gw", "w", m.Withdraw(3)))])
     await until(lambda: opened)
-    assert [letter.body for letter in opened] == [m.Withdraw(3)] and server.unopened == 5
+    assert [letter.body for letter in opened] == [m.Withdraw(3)] and server.refusals.total == 5
 
 
 @both_loops
@@ -401,7 +406,7 @@ async def test_a_client_opens_only_what_its_peer_wrote_to_it(closing: Closing) -
     for letter in (m.Letter("stranger", "gw", m.Committed(1)), m.Letter("w", "gw2", m.Committed(2)), m.Letter("w", "gw", m.Committed(3))):
         pump.send([b"gw", m.encode(letter)])
     await until(lambda: opened)
-    assert [letter.body for letter in opened] == [m.Committed(3)] and client.unopened == 2
+    assert [letter.body for letter in opened] == [m.Committed(3)] and client.refusals.total == 2
 
 
 # ------------------------------------------------------------------------------------------------------------------ pump
@@ -476,3 +481,84 @@ async def test_a_closed_pump_sends_nothing_and_may_be_closed_again(closing: Clos
     pump.close()
     pump.close()
     assert not pump.send([b"x"])
+
+
+# ------------------------------------------------------------------------------------------------------------- strangers
+
+
+@both_loops
+async def test_with_the_fleet_s_secret_peers_talk_and_strangers_do_not(closing: Closing) -> None:
+    ours, theirs = seal_of(b"ours" * 8), seal_of(b"theirs" * 8)
+    letters: list[m.Letter] = []
+    parcels: list[m.Parcel] = []
+    server = closing(ControlServer("w", "127.0.0.1", letters.append, ours))
+    subscriber = closing(TokenSubscriber("gw", "127.0.0.1", parcels.append, ours))
+    friend, friendly = closing(ControlClient("friend", letters.append, ours)), closing(TokenPublisher("friend", seal=ours))
+    friend.connect("w", server.address)
+    friendly.open("gw", subscriber.address)
+    for seal in (None, theirs):
+        stranger, strange = closing(ControlClient("stranger", letters.append, seal)), closing(TokenPublisher("stranger", seal=seal))
+        stranger.connect("w", server.address)
+        strange.open("gw", subscriber.address)
+        stranger.send("w", m.Withdraw(66))
+    friend.send("w", m.Withdraw(1))
+    await until(lambda: friendly.is_open("gw") and letters)
+    friendly.send("gw", words(3))
+    await until(lambda: parcels)
+    await asyncio.sleep(0.3)
+    assert [letter.sender for letter in letters] == ["friend"] and indices(parcels) == [3]
+    assert not strange.is_open("gw"), "no subscription has come through"
+
+
+@both_loops
+async def test_a_client_with_the_secret_tells_nothing_to_a_false_server(closing: Closing) -> None:
+    letters: list[m.Letter] = []
+    for seal in (None, seal_of(b"theirs" * 8)):
+        false = closing(ControlServer("w", "127.0.0.1", letters.append, seal))
+        client = closing(ControlClient("c", letters.append, seal_of(b"ours" * 8)))
+        client.connect("w", false.address)
+        client.send("w", m.Withdraw(1))
+    await asyncio.sleep(0.3)
+    assert not letters
+
+
+@both_loops
+async def test_a_frame_that_is_too_large_ends_its_connection_and_nothing_else(closing: Closing) -> None:
+    letters: list[m.Letter] = []
+    server = closing(ControlServer("w", "127.0.0.1", letters.append))
+    friend = closing(ControlClient("friend", letters.append))
+    friend.connect("w", server.address)
+    context = zmq.Context()
+    with context.socket(zmq.DEALER) as flooder, flooder.get_monitor_socket() as watch:
+        flooder.setsockopt(zmq.LINGER, 0)
+        flooder.connect(server.address)
+        flooder.send(bytes(MAX_LETTER_BYTES + 1))
+        seen: set[int] = set()
+        while zmq.EVENT_DISCONNECTED not in seen:
+            await until(lambda: watch.poll(0))
+            seen.add(int(recv_monitor_message(watch)["event"]))
+        flooder.disable_monitor()
+    context.destroy(0)
+    friend.send("w", m.Withdraw(1))
+    await until(lambda: letters)
+    assert [letter.sender for letter in letters] == ["friend"] and server.refusals.total == 0
+
+
+def test_a_flood_of_refusals_is_counted_and_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    refusals = Refusals(get_logger("test"), "a letter")
+    for _ in range(1000):
+        refusals.note("malformed")
+    refusals.note("stranger")
+    assert refusals.total == 1001 and len(caplog.records) == 11
+
+
+@pytest.mark.parametrize("content", [None, b"", b"short"])
+def test_a_secret_that_is_none_is_one_line(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SettingError, match="fleet_secret_file is") as refused:
+        read_seal(str(file))
+    assert "\n" not in str(refused.value)
+    file.write_text("0123456789abcdef" * 4 + "\n")
+    assert read_seal(str(file)) == seal_of(b"0123456789abcdef" * 4) and read_seal(None) is None

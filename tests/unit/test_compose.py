@@ -23,6 +23,7 @@ NEEDED = {
     "COMPOSE_PROJECT_NAME": "baton",
     "SITE": "llm.example.org",
     "API_KEYS": "alice:0123456789abcdef",
+    "SECURE": "secure",
     "REDIS_URL": "redis://:x@10.0.0.1:6379/0",
 }
 """What the host's operator, or Compose itself, must set."""

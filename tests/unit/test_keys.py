@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,13 @@ from common.errors import SettingError
 from common.settings import GatewaySettings, load
 from gateway.access import access_of, origins_of
 from gateway.keys import MOST_KEYS, Keys, Unauthorized, read_keys
+from gateway.limits import Allowance
 from gateway.server import check_open
 
 ALICE = "alice-0123456789abcdef"
 BOB = "bob-0123456789abcdef"
+ROOT = Path(__file__).parents[2]
+DIGEST = hashlib.sha256(ALICE.encode()).hexdigest()
 
 
 def keys(listed: str) -> Keys:
@@ -71,15 +76,55 @@ def test_the_key_itself_is_not_kept() -> None:
     assert ALICE not in kept and "alice" in kept
 
 
+def test_a_digest_stands_for_its_key_and_admits_nobody_by_itself() -> None:
+    found = keys(f"alice:sha256:{DIGEST},sha256:{hashlib.sha256(BOB.encode()).hexdigest()}")
+    assert found.names == ["alice", "entry-2"]
+    assert found.name(f"Bearer {ALICE}") == "alice" and found.name(f"Bearer {BOB}") == "entry-2"
+    for shown in (DIGEST, f"sha256:{DIGEST}"):
+        with pytest.raises(Unauthorized):
+            found.name(f"Bearer {shown}")
+
+
+def test_limits_stand_beside_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"alice:sha256:{DIGEST} running=2 tokens=500 priority  # ours\nbob:{BOB}\n")
+    access = access_of(load(GatewaySettings, ["--api-keys-file", str(file), "--key-running", "7"], {}))
+    assert access is not None
+    assert access.keys.allowances == {"alice": Allowance(running=2, tokens=500, priority=True), "bob": Allowance()}
+    alice, bob = access.meters["alice"], access.meters["bob"]
+    assert (alice._most_running, alice._most_tokens, alice.priority) == (2, 500, True)
+    assert (bob._most_running, bob._most_tokens, bob.priority) == (7, None, False)
+
+
+def test_a_made_key_is_admitted_by_its_line(tmp_path: Path) -> None:
+    made = subprocess.run([sys.executable, "-m", "scripts.launcher.key", "alice", "requests=9"], capture_output=True, text=True, cwd=ROOT)
+    key = made.stderr.split()[-1]
+    assert made.returncode == 0 and len(key) == 48 and key not in made.stdout
+    file = tmp_path / "keys"
+    file.write_text(made.stdout)
+    found = read_keys("", str(file))
+    assert found is not None and found.name(f"Bearer {key}") == "alice" and found.allowances["alice"].requests == 9
+    for words in (["al ice"], [], ["alice", "requests=none"]):
+        again = subprocess.run([sys.executable, "-m", "scripts.launcher.key", *words], capture_output=True, text=True, cwd=ROOT)
+        assert again.returncode == 2 and len(again.stderr.strip().splitlines()) == 1 and not again.stdout
+
+
 MISTAKES = [
     (",", "api_keys holds no key"),
     ("short", "entry 1 has less than 16 characters"),
     (f"alice:{ALICE},bob:tiny", "entry 2 has less than"),
-    (f"{ALICE} {BOB}", "entry 1 must consist of"),
+    (f"{ALICE} {BOB}", "what follows the key in entry 1"),
     ("gehéim-0123456789abcdef", "entry 1 must consist of"),
     (f"al ice:{ALICE}", "the name in entry 1"),
     (f":{ALICE}", "the name in entry 1"),
     (f"a:b:{ALICE}", "the name in entry 1"),
+    (f"alice:{ALICE},bob:sha256:{DIGEST}", "alice and bob have the same key"),
+    ("alice:sha256:12", "followed by 64 hex digits"),
+    (f"al ice:sha256:{DIGEST}", "the name in entry 1"),
+    (f"alice:{ALICE} tokens=0", "what follows the key in entry 1"),
+    (f"alice:{ALICE} tokens=1 1", "what follows the key in entry 1"),
+    (f"alice:{ALICE} tokens={10**10}", "what follows the key in entry 1"),
+    (f"alice:{ALICE},alice:{BOB} priority", "need the same options"),
     (f"alice:{ALICE},bob:{ALICE}", "alice and bob have the same key"),
     (",".join(f"key-of-many-{n:08}" for n in range(MOST_KEYS + 1)), f"at most {MOST_KEYS}"),
 ]
@@ -110,7 +155,7 @@ def test_settings_never_print_keys_and_limits_need_them() -> None:
     access = access_of(settings)
     assert access is not None and access.meters["alice"].running == 0
     assert access_of(load(GatewaySettings, [], {"BATON_API_KEYS": ""})) is None
-    for flag in ("--key-running", "--key-requests-per-minute"):
+    for flag in ("--key-running", "--key-requests-per-minute", "--key-tokens-per-minute"):
         with pytest.raises(SettingError, match="there are no keys"):
             access_of(load(GatewaySettings, [flag, "5"], {}))
 

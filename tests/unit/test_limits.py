@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.limits import MINUTE_S, Limited, Meter, Meters
+from common.errors import BadRequest
+from gateway.limits import MINUTE_S, Allowance, Limited, Meter, Meters
 
 pauses = st.lists(st.floats(0, 40) | st.sampled_from([0.0, MINUTE_S, MINUTE_S / 3]), max_size=60)
 
@@ -93,3 +94,40 @@ def test_each_name_has_its_own() -> None:
     meters["b"].take(0.0)
     with pytest.raises(Limited):
         meters["a"].take(0.0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 30), st.integers(1, 100), st.integers(0, 100)), max_size=60), st.integers(1, 200))
+def test_no_minute_holds_more_tokens_than_said_and_who_waits_as_told_is_served(asked: list[tuple[float, int, int]], most: int) -> None:
+    meter, now, used = Meter(most_tokens=most), 1000.0, list[tuple[float, int]]()
+    for pause, tokens, unused in asked:
+        now += pause
+        within = sum(count for at, count in used if at + MINUTE_S > now)
+        try:
+            meter.take_tokens(tokens, now)
+        except BadRequest:
+            assert tokens > most
+            continue
+        except Limited as limited:
+            assert 0 < limited.retry_after_s <= MINUTE_S + 1
+            now += limited.retry_after_s
+            meter.take_tokens(tokens, now)
+        else:
+            assert within + tokens <= most
+        meter.return_tokens(min(unused, tokens), now, now)
+        used.append((now, tokens - min(unused, tokens)))
+        assert len(meter._seconds) <= MINUTE_S + 2 and meter._tokens == sum(taken for _, taken in meter._seconds) >= 0
+
+
+def test_tokens_that_a_minute_never_has_are_a_bad_request() -> None:
+    with pytest.raises(BadRequest, match="this API key may have 10 within a minute"):
+        Meter(most_tokens=10).take_tokens(11, 0.0)
+
+
+def test_what_stands_beside_a_key_counts_before_what_holds_for_all() -> None:
+    meters = Meters(["a", "b"], most_running=1, own={"a": Allowance(running=2, priority=True)})
+    meters["a"].take(0.0)
+    meters["a"].take(0.0)
+    meters["b"].take(0.0)
+    with pytest.raises(Limited):
+        meters["b"].take(0.0)
+    assert meters["a"].priority and not meters["b"].priority

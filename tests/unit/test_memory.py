@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.errors import StartError
 from common.messages import Layout
 from common.settings import WorkerSettings
 from services.worker import memory, room
@@ -70,3 +71,23 @@ def test_a_worker_that_hangs_while_it_measures_does_not_hold_up_the_others(tmp_p
     monkeypatch.setattr(memory, "TURN_S", 0.1)
     with memory.turn(tmp_path), memory.turn(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("trick", ["owner", "link", "open", "file"])
+def test_a_stranger_s_folder_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trick: str) -> None:
+    """/dev/shm is everybody's: who comes first could have made it."""
+    folder, elsewhere = tmp_path / "notes", tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    if trick == "link":
+        folder.symlink_to(elsewhere)
+    elif trick == "file":
+        folder.write_text("")
+    else:
+        folder.mkdir(mode=0o700)
+    if trick == "open":
+        folder.chmod(0o770)
+    if trick == "owner":
+        monkeypatch.setattr(memory.os, "getuid", lambda: 12345)
+    with pytest.raises(StartError, match="not a folder of this user alone") as refused, memory.turn(folder):
+        pass
+    assert "\n" not in str(refused.value) and not list(elsewhere.iterdir())

@@ -147,3 +147,13 @@ def test_an_empty_execution_means_any_of_that_attempt() -> None:
     assert not m.Key("r", 0, 1, "x").covers(m.Key("r", 0, 1, "y"))
     assert not m.Key("r", 0, 1, "").covers(m.Key("r", 0, 2, "x"))
     assert not m.Key("r", 0, 1, "").covers(m.Key("r", 1, 1, "x"))
+
+
+def test_an_error_does_not_repeat_what_was_sent() -> None:
+    """It goes into a log; what was sent may be somebody's prompt."""
+    fields = msgspec.msgpack.decode(encode(m.Introduction("decode", "d", "tcp://h:1", "p")))
+    for name in ("role", "type"):
+        with pytest.raises(MessageError) as refused:
+            decode(msgspec.msgpack.encode({**fields, name: "my 'secret' \nprompt"}), m.Introduction)
+        assert "secret" not in str(refused.value) and name in str(refused.value)
+        assert refused.value.__cause__ is None and refused.value.__suppress_context__

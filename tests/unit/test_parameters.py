@@ -263,6 +263,36 @@ BAD_COMPLETION: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("fields", "job_class"),
+    [
+        ({}, "interactive"),
+        ({"service_tier": "auto"}, "interactive"),
+        ({"service_tier": "default", "priority": "batch"}, "batch"),
+        ({"service_tier": "flex"}, "batch"),
+        ({"service_tier": "flex", "priority": "batch"}, "batch"),
+        ({"service_tier": "priority"}, "priority"),
+    ],
+)
+def test_classes_by_tier(model: Model, fields: dict[str, Any], job_class: str) -> None:
+    assert complete(model, prompt="a", **fields).asks[0].job_class == job_class
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"service_tier": "scale"}, "service_tier"),
+        ({"service_tier": ["flex"]}, "service_tier"),
+        ({"service_tier": "priority", "priority": "batch"}, "priority"),
+        ({"priority": "priority"}, "priority"),
+    ],
+)
+def test_what_is_no_tier(model: Model, fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        complete(model, prompt="a", **fields)
+    assert refused.value.param == param
+
+
 @pytest.mark.parametrize(("fields", "param"), BAD_CHAT, ids=lambda value: str(value)[:40])
 def test_bad_chat(model: Model, fields: dict[str, Any], param: str) -> None:
     with pytest.raises(BadRequest) as refused:
