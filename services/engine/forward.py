@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
@@ -69,6 +71,8 @@ def _on_gpu(loaded: LoadedModel, most_batch: int) -> Callable[[Pool], Forward]:
     why = refusal(loaded)
     if why is not None:
         raise build.Unavailable(why)
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
+        raise build.Unavailable("there is no C compiler (gcc, clang or CC), which Triton needs to launch kernels")
     try:
         from services.engine.cuda.triton_operators import TritonOperators
     except ImportError as error:
