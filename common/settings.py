@@ -69,7 +69,9 @@ class WorkerSettings(CommonSettings):
     )
     page_tokens: int = setting(16, "tokens of KV in a page", low=1, high=1024)
     max_request_tokens: int | None = setting(None, "largest request, prompt and answer; default: the model's context", low=2)
-    kernels: Kernels = setting("auto", "native: our own for CPU cores, torch: transformers with torch; auto: the faster that runs")
+    kernels: Kernels = setting(
+        "auto", "native: our own (CPU cores; Triton on a GPU), torch: transformers with torch; auto: the faster that runs"
+    )
     kernels_folder: str | None = setting(None, "compiled kernels, for hosts without a compiler; what is not there is compiled and cached")
     prefix_reuse: bool = setting(True, "keep pages after their last user and share them with prompts that begin alike")
     checksums: bool = setting(True, "verify every page that is handed over")

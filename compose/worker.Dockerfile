@@ -1,7 +1,7 @@
 # Prefill, decode and colocated workers, and the one-shot service that puts the model into the volume.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
-# The CPU kernels, for every kind of x86-64; the image that runs has no compiler. Another architecture computes with torch.
+# The CPU kernels, for every kind of x86-64; the image that runs has no g++. Another architecture computes with torch.
 FROM ${BASE_IMAGE} AS kernels
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
@@ -11,7 +11,8 @@ COPY services/engine/native services/engine/native
 RUN mkdir /kernels && if [ "$(uname -m)" = x86_64 ]; then python3 -m services.engine.native /kernels; fi
 
 FROM ${BASE_IMAGE}
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
+# Triton compiles what launches its kernels on a GPU with gcc, and there is no other way.
+RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 # pip: UCX out of its wheel (shared memory, CUDA, TCP). system: the base image's own UCX, or else Debian's, for verbs.
 ARG UCX=pip
 RUN if [ "$UCX" = system ] && ! ldconfig -p | grep -q libucp; then \

@@ -6,7 +6,9 @@ All layers of a page are one run of bytes, so a page is one message for the tran
 from __future__ import annotations
 
 import math
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,7 @@ class Pool:
             if torch.device(device).type == "cpu":
                 self.tensor = huge.zeros(pages * layout.page_bytes).view(dtype).view(shape)
             else:
+                refuse_expandable(os.environ)
                 self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         except (RuntimeError, MemoryError) as error:
             raise StartError(f"no memory for {pages} pages of {layout.page_bytes} bytes: {error}") from error
@@ -78,6 +81,14 @@ class Pool:
             self.tensor[pages] = 0
 
 
+def refuse_expandable(environ: Mapping[str, str]) -> None:
+    """Raises StartError if torch is told to allocate in segments that grow: no other process can be given a handle of such memory, and
+    UCX then copies every page through the host."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        if "expandable_segments:true" in environ.get(name, "").lower().replace(" ", ""):
+            raise StartError(f"{name} has expandable_segments: pages in such memory cannot be handed to another process; leave it out")
+
+
 def fit_pages(layout: Layout, free_bytes: int, fraction: float, needed: int) -> int:
     """Pages that `fraction` of the free memory holds after the reserve, at least `needed`. Raises StartError if those do not fit."""
     left = free_bytes - RESERVE_BYTES
@@ -92,6 +103,7 @@ def fit_pages(layout: Layout, free_bytes: int, fraction: float, needed: int) -> 
 def free_bytes(device: torch.device) -> int:
     """Of the device, or of the host or container as far as this process may use it. Raises StartError if nobody says."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of freed memory counts as used
         return int(torch.cuda.mem_get_info(device)[0])
     with open("/proc/meminfo") as lines:
         for line in lines:

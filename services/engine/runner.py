@@ -20,9 +20,10 @@ DEPTH = 4
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A launch under way: what it draws, by position in the plan. On a CPU it is done."""
+    """A launch under way: what it draws, by position in the plan. On a CPU it is done; on a GPU it is when `done` has come."""
 
     draws: tuple[Draw | None, ...]
+    done: torch.cuda.Event | None = None
 
 
 class Runner:
@@ -49,9 +50,12 @@ class Runner:
             for i, one in zip(drawing, draw(logits, [self._row(plan.chunks[i]) for i in drawing]), strict=True):
                 draws[i] = one
         self._drawn.append({c.sequence: one.id for c, one in zip(plan.chunks, draws, strict=True) if one is not None})
-        return Ticket(tuple(draws))
+        return Ticket(tuple(draws), _mark(logits.device))
 
     def collect(self, ticket: Ticket) -> StepOutput:
+        """Waits: the pages of a collected launch may be sent, and whoever sends them knows nothing of streams."""
+        if ticket.done is not None:
+            ticket.done.synchronize()
         return StepOutput(ticket.draws)
 
     def arrays(self, chunks: list[Chunk]) -> Launch:
@@ -96,3 +100,12 @@ class Runner:
         sequence = chunk.sequence
         ids = [*sequence.ids, self._pending(chunk)] if chunk.pending else sequence.ids
         return Row(sequence.sampling, sequence.key.choice, chunk.index, ids, sequence.prompt_tokens)
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """Comes when everything that has been launched on a GPU so far is done."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event

@@ -99,10 +99,15 @@ def _pick(logits: Tensor, rows: list[Row]) -> Tensor:
         exact = logits[part].double()
         weights = exact.sub_(exact.amax(-1, keepdim=True)).div_(heat[part, None]).exp_()
         chosen[part] = invert(weights, u[part])
-        for i, row in enumerate(rows[part]):
-            if _truncates(row.sampling):
-                kept, ids = truncated(weights[i], row.sampling)
+        cut = [i for i, row in enumerate(rows[part]) if _truncates(row.sampling)]
+        if logits.device.type == "cpu":
+            for i in cut:
+                kept, ids = truncated(weights[i], rows[first + i].sampling)
                 chosen[first + i] = ids[invert(kept[None], u[first + i, None])[0]]
+        elif cut:
+            where = torch.tensor(cut, device=logits.device)
+            kept, ids = truncated_rows(weights[where], [rows[first + i].sampling for i in cut])
+            chosen[first + where] = ids.gather(1, invert(kept, u[first + where])[:, None])[:, 0]
     return chosen
 
 
@@ -133,6 +138,25 @@ def truncated(weights: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
     return kept[keep], ids[keep]
 
 
+def truncated_rows(weights: Tensor, samplings: list[Sampling]) -> tuple[Tensor, Tensor]:
+    """`truncated` of each row `[N, vocabulary]`, in sorted order with zeros for what is dropped: nothing is read back from the device, and
+    all rows are sorted at once. What is kept begins every row, so that a sum over it is the same."""
+
+    def column(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=weights.device)[:, None]
+
+    everything = weights.shape[1]
+    ordered, ids = weights.sort(dim=-1, descending=True, stable=True)
+    place = torch.arange(everything, device=weights.device)
+    kept = ordered * (place < column([s.top_k or everything for s in samplings]))
+    by_mass = column([s.top_p for s in samplings])
+    before = kept.cumsum(-1) - kept
+    keep = (before < by_mass * kept.sum(-1, keepdim=True)) | (by_mass >= 1)
+    keep &= kept >= column([s.min_p for s in samplings]) * kept[:, :1]
+    keep |= place == 0
+    return kept * keep, ids
+
+
 def _least(weights: Tensor, total: Tensor, s: Sampling) -> Tensor:
     """A weight below which truncation keeps nothing, so that a few tokens are to be sorted instead of all: the k-th largest, or half of
     what follows for the others (half, for the sake of rounding). Tokens lighter than an equal share of the mass beyond p cannot fill it,
@@ -161,8 +185,11 @@ def _logprobs(logits: Tensor, rows: list[Row], ids: list[int]) -> dict[int, Logp
     if not wanted:
         return {}
     table = torch.log_softmax(logits[wanted].float(), -1)
+    chosen = table.gather(1, torch.tensor([ids[i] for i in wanted], device=table.device)[:, None])
+    values, tops = table.topk(max(rows[i].sampling.logprobs for i in wanted), dim=-1)
+    lines = torch.cat((chosen.double(), values.double(), tops.double()), 1).tolist()  # one copy from the device; ids are exact
     found = {}
-    for line, i in zip(table, wanted, strict=True):
-        values, tops = line.topk(rows[i].sampling.logprobs)
-        found[i] = Logprob(float(line[ids[i]]), list(zip(tops.tolist(), values.tolist(), strict=True)))
+    for line, i in zip(lines, wanted, strict=True):
+        count, most = rows[i].sampling.logprobs, values.shape[1]
+        found[i] = Logprob(line[0], [(int(top), value) for top, value in zip(line[1 + most :], line[1 : 1 + count], strict=False)])
     return found

@@ -15,6 +15,7 @@ import queue
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -48,15 +49,13 @@ def plan(sizes: tuple[int, ...], page_bytes: int, repeats: int) -> list[Work]:
     return [Work(1, size, repeats) if size < page_bytes else Work(round(size / page_bytes), page_bytes, repeats) for size in sizes]
 
 
-def receive(core: int, works: list[Work], wire: Connection) -> None:
+def receive(core: int, works: list[Work], device: str, wire: Connection) -> None:
     """The receiving process: grants, `Arrived`, memcpy."""
     os.sched_setaffinity(0, {core})
-    import numpy as np
-
-    source, target = (np.ones(MEMCPY_BYTES, dtype=np.uint8) for _ in range(2))
+    copy = _copying(device)
     grant = 0
     for work in works:
-        ends = [_End(work, checksums) for checksums in (False, True)]
+        ends = [_End(work, checksums, device) for checksums in (False, True)]
         for _ in range(work.repeats + 1):
             for end in ends:
                 grant += 1
@@ -67,18 +66,35 @@ def receive(core: int, works: list[Work], wire: Connection) -> None:
                 wire.send((time.monotonic(), arrived.checksums))
                 wire.recv()
             began = time.monotonic()
-            np.copyto(target, source)
+            copy()
             wire.send(time.monotonic() - began)
         for end in ends:
             end.transfer.close()
 
 
-def send(core: int, works: list[Work], wire: Connection, results: Connection) -> None:
+def _copying(device: str) -> Callable[[], None]:
+    """Copies MEMCPY_BYTES, and returns when it is done."""
+    import numpy as np
+    import torch
+
+    if device == "cpu":
+        source, target = (np.ones(MEMCPY_BYTES, dtype=np.uint8) for _ in range(2))
+        return lambda: np.copyto(target, source)
+    there, to = (torch.ones(MEMCPY_BYTES, dtype=torch.uint8, device=device) for _ in range(2))
+
+    def copy() -> None:
+        to.copy_(there)
+        torch.cuda.synchronize()
+
+    return copy
+
+
+def send(core: int, works: list[Work], device: str, wire: Connection, results: Connection) -> None:
     """The sending process: pushes, and reports (work, kind, seconds); the first round of each work is not counted."""
     os.sched_setaffinity(0, {core})
     handoff = 0
     for work in works:
-        ends = {"plain": _End(work, False), "checked": _End(work, True)}
+        ends = {"plain": _End(work, False, device), "checked": _End(work, True, device)}
         for end in ends.values():
             end.fill()
         for number in range(work.repeats + 1):
@@ -107,7 +123,7 @@ def send(core: int, works: list[Work], wire: Connection, results: Connection) ->
 class _End:
     """One transfer over pages of its own, with its events in a queue."""
 
-    def __init__(self, work: Work, checksums: bool) -> None:
+    def __init__(self, work: Work, checksums: bool, device: str) -> None:
         import torch
 
         from common.messages import Layout, Shard
@@ -117,26 +133,30 @@ class _End:
         torch.set_num_threads(1)
         self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         layout = Layout(layers=1, kv_heads=1, page_tokens=1, head_dim=work.page_bytes // 4, dtype="bfloat16")
-        self._pages = Pool(layout, work.pages, "cpu").bytes
+        self._pages = Pool(layout, work.pages, device).bytes
         self._pages.fill_(1)
         self.transfer = UcxTransfer(self._pages, Shard(0, (0, 30), (0, 3)), self._events.put, checksums=checksums)
 
     def fill(self) -> None:
         self._pages.random_()
+        if self._pages.is_cuda:
+            import torch
+
+            torch.cuda.synchronize()  # UCX does not know streams
 
     def next(self) -> Any:
         return self._events.get(timeout=ANSWER_S)
 
 
-def measure(works: list[Work]) -> tuple[dict[Work, dict[str, float]], str]:
+def measure(works: list[Work], device: str = "cpu") -> tuple[dict[Work, dict[str, float]], str]:
     """Median seconds by work and kind, and the transport. Progress on stderr."""
     cores = sorted(os.sched_getaffinity(0))
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     results, reported = spawn.Pipe(duplex=False)
     processes = [
-        spawn.Process(target=send, args=(cores[0], works, here, reported), daemon=True),
-        spawn.Process(target=receive, args=(cores[-1], works, there), daemon=True),
+        spawn.Process(target=send, args=(cores[0], works, device, here, reported), daemon=True),
+        spawn.Process(target=receive, args=(cores[-1], works, device, there), daemon=True),
     ]
     for process in processes:
         process.start()
@@ -169,8 +189,9 @@ def main() -> None:
     options.add_argument("--page-bytes", type=int, default=PAGE_BYTES, help="bytes of a page [%(default)s, SmolLM2-135M in bf16]")
     options.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="[4 KiB to 256 MiB]")
     options.add_argument("--repeats", type=int, default=15, help="of each measurement [%(default)s]")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the pages lie [%(default)s]")
     chosen = options.parse_args()
-    medians, transport = measure(plan(tuple(chosen.sizes), chosen.page_bytes, chosen.repeats))
+    medians, transport = measure(plan(tuple(chosen.sizes), chosen.page_bytes, chosen.repeats), chosen.device)
     rows = []
     heads = ("bytes", "pages", "plain GB/s", "of memcpy", "checked GB/s", "of memcpy", "memcpy", "plain µs")
     print("{:>11} {:>6} {:>11} {:>10} {:>13} {:>10} {:>7} {:>9}".format(*heads))

@@ -35,5 +35,6 @@ def _weights(words: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Pseudo-random mixes and odd multipliers, one per word: the same in every process."""
     generator = torch.Generator().manual_seed(_GOLDEN >> 1)
     limits = torch.iinfo(_WORD)
-    drawn = torch.randint(limits.min, limits.max, (2, words), generator=generator, dtype=_WORD).to(device)
-    return drawn[0], drawn[1] | 1
+    drawn = torch.randint(limits.min, limits.max, (2, words), generator=generator, dtype=_WORD)
+    drawn[1] |= 1
+    return drawn[0].to(device), drawn[1].to(device)

@@ -13,6 +13,9 @@ DEFAULTS = {
     # that by itself: pages would be copied twice, through shared memory. A read that comes too late harms nobody here: whoever
     # reads stale bytes has been given up by then, and checksums differ.
     "UCX_CMA_MEMORY_INVALIDATE": "y",
+    # The same reads between GPUs. By itself UCX takes them on some platforms only, and would copy through host memory on the others (as
+    # its source has it; not measured yet).
+    "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
     # A killed peer is reported after about a second.
     "UCX_KEEPALIVE_INTERVAL": "1s",
     "UCX_WARN_UNUSED_ENV_VARS": "n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ class Places:
         self._rows: Any = pages.numpy() if pages.device.type == "cpu" else pages
         self._device = pages.device
         self._shard = shard
+        # On the engine's stream a checksum would wait for every step that is under way.
+        self._stream = torch.cuda.Stream(pages.device) if pages.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.page_bytes = pages.shape[1]
 
     @property
@@ -43,15 +46,22 @@ class Places:
 
     def checksum(self, page: int, index: int) -> int:
         """Of what lies in `page` now, keyed as the sequence's page `index`."""
-        return checksum(self._rows[page], keyed(self._shard, index))
+        with self._own_stream():
+            return checksum(self._rows[page], keyed(self._shard, index))
 
     def spoiled(self, page: int) -> Any:
         """A copy with one bit changed, for injected faults."""
-        copy = torch.as_tensor(self._rows[page]).clone()
-        copy[0] ^= 1
+        with self._own_stream():
+            copy = torch.as_tensor(self._rows[page]).clone()
+            copy[0] ^= 1
+        if self._stream is not None:
+            self._stream.synchronize()  # UCX does not know streams
         return copy.numpy() if self._device.type == "cpu" else copy
 
     def scratch(self, size: int) -> Any:
         """Memory of the same kind, for messages that nobody wants."""
         empty = torch.empty(max(size, 1), dtype=torch.uint8, device=self._device)
         return empty.numpy() if self._device.type == "cpu" else empty
+
+    def _own_stream(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -128,7 +128,7 @@ def _weights(where: Path, settings: WorkerSettings) -> tuple[Facts, Callable[[Po
     """The weights in place, and nothing else of the model: what the loaded module leaves behind counts as free from here on."""
     loaded: LoadedModel = load(where, settings.device, settings.dtype, settings.page_tokens)
     facts = Facts(loaded.layout, loaded.shard, loaded.context_tokens, loaded.device)
-    return facts, place(loaded, settings.kernels, settings.kernels_folder)
+    return facts, place(loaded, settings.kernels, settings.kernels_folder, settings.max_batch)
 
 
 def allocate(layout: Layout, device: torch.device, settings: WorkerSettings, needed: int) -> tuple[Pool, Memory]:

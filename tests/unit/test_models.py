@@ -26,7 +26,7 @@ from common.messages import Layout
 from services.engine import weights
 from services.engine.forward import choose
 from services.engine.model import load
-from services.engine.pool import RESERVE_BYTES, Pool, _group_free_bytes, fit_pages, free_bytes
+from services.engine.pool import RESERVE_BYTES, Pool, _group_free_bytes, fit_pages, free_bytes, refuse_expandable
 from services.engine.runner import Runner
 from tests.unit.tiny_models import PLANS, pairs, saved
 
@@ -140,6 +140,14 @@ def test_pages_from_free_memory() -> None:
     assert fit_pages(layout, free_bytes(torch.device("cpu")), 0.1, 1) > 1
     with pytest.raises(StartError, match=r"reserve of 256, .*lower max_request_tokens"):
         fit_pages(layout, free, 0.1, 1001)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_pool_that_cannot_be_handed_over_is_refused(name: str) -> None:
+    """UCX would copy through the host, and say nothing."""
+    refuse_expandable({name: "max_split_size_mb:512,expandable_segments:False"})
+    with pytest.raises(StartError, match=f"{name} has expandable_segments"):
+        refuse_expandable({name: "max_split_size_mb:512, expandable_segments: True"})
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

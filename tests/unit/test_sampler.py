@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from common.messages import Sampling
-from services.engine.sampler import Row, draw, truncated, uniform
+from services.engine.sampler import Row, draw, truncated, truncated_rows, uniform
 
 
 def row(index: int = 0, ids: list[int] | None = None, prompt_tokens: int = 1, choice: int = 0, **sampling: Any) -> Row:
@@ -131,6 +131,28 @@ def test_truncation_keeps_what_the_reference_keeps(
         total = float(kept.sum())
         assert all(abs(float(p) / total - expected[i]) < 1e-9 for p, i in zip(kept, ids.tolist(), strict=True))
     assert kept.tolist() == sorted(kept.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_truncating_all_rows_at_once_keeps_the_same(dtype: torch.dtype) -> None:
+    """As on a GPU, with nothing read back; many weights are equal in bfloat16."""
+    samplings = [
+        Sampling(**changed)
+        for changed in (
+            {"top_k": 3},
+            {"top_p": 0.7},
+            {"min_p": 0.2},
+            {"top_k": 40, "top_p": 0.5},
+            {"top_p": 0.9, "min_p": 0.05},
+            {"top_p": 1e-9},
+        )
+    ]
+    weights = torch.softmax((2 * torch.randn(len(samplings), 300)).to(dtype).double(), -1)
+    many, places = truncated_rows(weights, samplings)
+    for row, ids, alone, sampling in zip(many, places, weights, samplings, strict=True):
+        kept, wanted = truncated(alone, sampling)
+        assert int((row > 0).sum()) == len(kept)
+        assert torch.equal(row[: len(kept)], kept) and torch.equal(ids[: len(kept)], wanted)
 
 
 def test_the_draw_does_not_depend_on_the_batch() -> None:

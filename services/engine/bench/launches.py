@@ -79,9 +79,9 @@ def fill(pool: Pool) -> None:
     pool.tensor.copy_(page.expand_as(pool.tensor))
 
 
-def cases(over: Callable[[Pool], Forward], pool: Pool, wanted: Grid) -> list[Case]:
+def cases(forward: Forward, wanted: Grid) -> list[Case]:
     """Named by `prompt_name` and `step_name`. From launch to collected, greedy."""
-    runner = Runner(over(pool), PAGE_TOKENS)
+    runner = Runner(forward, PAGE_TOKENS)
 
     def launched(plan: Plan) -> Callable[[], object]:
         return lambda: runner.collect(runner.launch(plan))

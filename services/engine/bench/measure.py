@@ -23,10 +23,10 @@ from services.engine.bench.report import Ceiling, DecodePoint, PrefillPoint, Pro
 from services.engine.bench.rounds import Case, Sample, Say, Times
 from services.engine.bench.rounds import measure as timed
 from services.engine.bench.work import Shapes, Work
-from services.engine.forward import Forward, place
+from services.engine.forward import place
 from services.engine.model import load
-from services.engine.native.forward import NativeForward
 from services.engine.pool import Pool, free_bytes
+from services.engine.torch_forward import TorchForward
 
 ROUNDS, QUICK_ROUNDS = 7, 3
 PLAIN_PROMPTS = ((512,), (2048,))
@@ -58,11 +58,12 @@ def measure(
     say(f"a pool of {wanted.pages} pages")
     pool = Pool(layout, wanted.pages, device)
     launches.fill(pool)
+    forward = over(pool)
     probe = Probe(shapes, device, dtype)
     samples = (1, 16) if options.device == "cpu" else (1, 16, 256)
     cases = [
         *probe.cases,
-        *launches.cases(over, pool, wanted),
+        *launches.cases(forward, wanted),
         *overhead.step_cases(overhead.SEQUENCES[-1]),
         *overhead.sampling_cases(shapes.vocabulary, device, samples),
     ]
@@ -77,7 +78,7 @@ def measure(
     report = Report(
         device=options.device,
         dtype=str(dtype).removeprefix("torch."),
-        kernels="native" if _is_native(over, pool) else "torch",
+        kernels="torch" if isinstance(forward, TorchForward) else "native",
         cores=sorted(os.sched_getaffinity(0)) if options.device == "cpu" else [],
         rounds=rounds,
         ceiling=Ceiling(found.flops_per_s, found.read_bytes_per_s, found.copy_bytes_per_s, found.ways),
@@ -138,10 +139,6 @@ def _plain(options: Options, device: torch.device, dtype: torch.dtype, kind: str
     prompts = tuple(one for one in PLAIN_PROMPTS if one in wanted.prompts)
     steps = tuple(one for one in PLAIN_STEPS if one in wanted.steps)
     return Plain(options.path, device, dtype, kind).cases(prompts, steps)
-
-
-def _is_native(over: Callable[[Pool], Forward], pool: Pool) -> bool:
-    return isinstance(over(pool), NativeForward)
 
 
 def _memory(device: torch.device, shapes: Shapes) -> float:

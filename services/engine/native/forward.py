@@ -17,6 +17,7 @@ from services.engine.model import LoadedModel
 from services.engine.native import library
 from services.engine.native.build import Unavailable
 from services.engine.pool import Pool
+from services.engine.rotary import rotary
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 COLUMNS = 32
@@ -174,14 +175,6 @@ class NativeWeights:
     def _keep(self, values: Tensor) -> int:
         self._kept.append(values)
         return values.data_ptr()
-
-
-def rotary(module: Any, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the model's own rotary embedding, whatever its scaling: float32 `[positions, head_dim / 2]` each."""
-    places = torch.arange(positions)[None]
-    cos, sin = module.model.rotary_emb(torch.empty(0, dtype=torch.float32), places)
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
 
 
 def _bias(linear: Any) -> Tensor | None:

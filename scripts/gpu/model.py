@@ -1,0 +1,126 @@
+"""A small model on the GPU, greedy, against transformers: packed prompts in chunks, then decode in company, by graphs and eagerly."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from common.messages import Key, Sampling
+from common.settings import Kernels
+from services.engine.forward import place
+from services.engine.model import load
+from services.engine.plan import Chunk, Plan
+from services.engine.pool import Pool
+from services.engine.runner import Runner
+from services.engine.sampler import Row, draw
+from services.engine.sequence import Sequence
+
+LENGTHS = (1, 15, 16, 17, 130, 333, 600)
+OUTPUT = 48
+PAGE_TOKENS = 16
+NEAR = {"float32": 2e-3, "bfloat16": 0.5}
+"""A drawn token's logit may lie so far below the largest: rounding alone decides between such two."""
+
+
+def results(model: str | None) -> Iterator[tuple[str, Any]]:
+    with tempfile.TemporaryDirectory() as made:
+        path = Path(model) if model else random_model(Path(made))
+        for dtype in NEAR:
+            for kernels in ("native", "torch"):
+                yield f"greedy, {kernels}, {dtype}", greedy(path, dtype, kernels)  # type: ignore[arg-type]
+    yield "draws", draws()
+
+
+def random_model(folder: Path) -> Path:
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    made = AutoModelForCausalLM.from_config(config)
+    for tensor in made.parameters():
+        if tensor.dim() == 2:
+            tensor.data.normal_(std=0.08)
+    made.save_pretrained(folder)
+    return folder
+
+
+@torch.inference_mode()
+def greedy(path: Path, dtype: str, kernels: Kernels, device: str = "cuda") -> dict[str, Any]:
+    """Every output token against the logits that transformers gives in float32, on the same rounded weights, for what precedes it."""
+    loaded = load(path, device, dtype, PAGE_TOKENS)
+    pages = sum(-(-(length + OUTPUT) // PAGE_TOKENS) for length in LENGTHS)
+    over = place(loaded, kernels, most_batch=5)  # so that steps of 7 run eagerly, and those of 5 and fewer padded or not
+    pool = Pool(loaded.layout, pages, device)
+    pool.tensor.fill_(float("nan"))  # before it is written it is no number
+    sequences = generate(Runner(over(pool), PAGE_TOKENS), loaded.vocabulary, pages)
+    reference = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager").float().to(device).eval()
+    )
+    equal, worst, count = 0, 0.0, 0
+    for sequence in sequences:
+        logits = reference(torch.tensor([sequence.ids], device=device)).logits[0, sequence.prompt_tokens - 1 : -1]
+        chosen = torch.tensor(sequence.ids[sequence.prompt_tokens :], device=device)
+        behind = logits.amax(-1) - logits.gather(1, chosen[:, None])[:, 0]
+        equal += int((behind == 0).sum())
+        worst, count = max(worst, float(behind.max())), count + len(chosen)
+    return {"ok": worst <= NEAR[dtype], "positions": count, "equal": equal, "worst_behind": worst, "allowed_behind": NEAR[dtype]}
+
+
+def generate(runner: Runner, vocabulary: int, pages: int) -> list[Sequence]:
+    """Greedy outputs. Prompts go in chunks, the last ones beside the first ones' decode steps; the shorter half ends sooner."""
+    random = torch.Generator().manual_seed(11)
+    order = torch.randperm(pages, generator=random).tolist()
+    sequences = []
+    for number, length in enumerate(LENGTHS):
+        ids = torch.randint(3, vocabulary, (length,), generator=random).tolist()
+        sequence = Sequence(Key(str(number), 0, 0, "e"), ids, length, Sampling(temperature=0), OUTPUT)
+        count = -(-(length + OUTPUT) // PAGE_TOKENS)
+        sequence.pages, order = order[:count], order[count:]
+        sequences.append(sequence)
+    number = 0
+    while True:
+        chunks = []
+        for row, sequence in enumerate(sequences):
+            due = OUTPUT if row % 2 else OUTPUT // 2
+            left = len(sequence.ids) - sequence.planned
+            if len(sequence.ids) < sequence.prompt_tokens + due:
+                tokens = min(left, 128)
+                chunks.append(Chunk(sequence, sequence.planned, tokens, tokens == left, sequence.index))
+                sequence.planned += tokens
+        if not chunks:
+            return sequences
+        number += 1
+        output = runner.collect(runner.launch(Plan(number, tuple(chunks))))
+        for chunk, drawn in zip(chunks, output.draws, strict=True):
+            if drawn is not None:
+                chunk.sequence.ids.append(drawn.id)
+
+
+def draws() -> dict[str, Any]:
+    """The same ids on the GPU as on the CPU, whatever the sampling."""
+    samplings: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {},
+        {"top_k": 40},
+        {"top_p": 0.9},
+        {"min_p": 0.05},
+        {"top_k": 200, "top_p": 0.8},
+    ]
+    rows = [Row(Sampling(seed=n, **samplings[n % len(samplings)]), 0, n, [1, 2], 1) for n in range(96)]
+    logits = 3 * torch.randn(len(rows), 32000, generator=torch.Generator().manual_seed(3))
+    here, there = ([one.id for one in draw(where, rows)] for where in (logits, logits.cuda()))
+    equal = sum(a == b for a, b in zip(here, there, strict=True))
+    return {"ok": equal >= len(rows) - 1, "rows": len(rows), "equal": equal}

@@ -1,0 +1,129 @@
+"""Decode and prefill in the shape of Llama-3-8B, random bf16 weights, against products, reads and copies of the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.messages import Layout
+from services.engine.bench import launches, work
+from services.engine.bench.work import Shapes
+from services.engine.cuda.forward import CudaForward
+from services.engine.cuda.operators import Heads
+from services.engine.cuda.triton_operators import TritonOperators
+from services.engine.cuda.weights import Layer, Weights
+from services.engine.pool import Pool
+
+LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY = 32, 4096, 14336, 32, 8, 128, 128256
+CONTEXT = 8192
+GRID = launches.Grid(prompts=((2048,), (8192,)), steps=((1, 1024), (64, 1024), (256, 1024)))
+PRODUCT = 8192
+STREAM_BYTES = 4 << 30
+MOST_BATCH = 256
+REPEATS = 10
+
+
+@torch.inference_mode()
+def results(model: str | None) -> Iterator[tuple[str, Any]]:
+    products, reads, copies = ceilings()
+    yield "ceilings", {"flops_per_s": products, "read_bytes_per_s": reads, "copied_bytes_per_s": copies}
+    pool = Pool(Layout(LAYERS, KV_HEADS, launches.PAGE_TOKENS, DIM, "bfloat16"), GRID.pages, "cuda")
+    pool.tensor.normal_()
+    weights = random_weights()
+    began = time.monotonic()
+    graphed = CudaForward(weights, TritonOperators(), pool, MOST_BATCH)
+    torch.cuda.synchronize()
+    yield "capture", {"batches_up_to": MOST_BATCH, "seconds": time.monotonic() - began}
+    due = shapes()
+    ways = {"graphs": graphed, "eager": CudaForward(weights, TritonOperators(), pool)}
+    for way, forward in ways.items():
+        for case in launches.cases(forward, GRID):
+            for _ in range(3):
+                case.run()
+            times = sorted(second for _ in range(REPEATS) for second in case.seconds())
+            step = next((one for one in GRID.steps if launches.step_name(*one) == case.name), None)
+            prompt = next((one for one in GRID.prompts if launches.prompt_name(one) == case.name), ())
+            if step is None and way == "eager":
+                continue  # prompts run eagerly in any case
+            bound = work.bound(work.decode(due, *step) if step else work.prefill(due, prompt), products, reads)
+            median = times[len(times) // 2]
+            yield (
+                f"{case.name}, {way}",
+                {
+                    "ms": 1e3 * median,
+                    "least_ms": 1e3 * times[0],
+                    "bound_ms": 1e3 * bound.seconds,
+                    "by": bound.by,
+                    "over": median / bound.seconds,
+                },
+            )
+
+
+def ceilings() -> tuple[float, float, float]:
+    """Products of bf16 per second as operations, bytes read and bytes copied per second: the best of ten each."""
+    a, b = (torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    products = 2.0 * PRODUCT**3 / least(lambda: a @ b)
+    source, target = (torch.ones(STREAM_BYTES // 4, device="cuda") for _ in range(2))
+    whole = source.view(torch.int64)
+    reads = max(STREAM_BYTES / least(run) for run in (source.sum, whole.sum, source.amax))
+    return products, reads, STREAM_BYTES / least(lambda: target.copy_(source))
+
+
+def least(run: Callable[[], object]) -> float:
+    """Seconds on the device."""
+    times = []
+    for number in range(13):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        if number >= 3:
+            times.append(begin.elapsed_time(end) / 1e3)
+    return float(min(times))
+
+
+def random_weights() -> Weights:
+    def matrix(*size: int) -> Tensor:
+        return torch.empty(*size, device="cuda", dtype=torch.bfloat16).normal_(std=size[-1] ** -0.5)
+
+    def ones() -> Tensor:
+        return torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16)
+
+    layers = tuple(
+        Layer(
+            input_norm=ones(),
+            qkv=matrix((HEADS + 2 * KV_HEADS) * DIM, HIDDEN),
+            qkv_bias=None,
+            norms=None,
+            o=matrix(HIDDEN, HEADS * DIM),
+            o_bias=None,
+            output_norm=ones(),
+            gate_up=matrix(2 * INNER, HIDDEN),
+            gate_up_bias=None,
+            down=matrix(HIDDEN, INNER),
+            down_bias=None,
+        )
+        for _ in range(LAYERS)
+    )
+    angle = torch.arange(CONTEXT, device="cuda")[:, None] / 500_000.0 ** (torch.arange(0, DIM, 2, device="cuda") / DIM)
+    like = Heads(HEADS, KV_HEADS, DIM, launches.PAGE_TOKENS, DIM**-0.5, 1e-5)
+    return Weights(like, matrix(VOCABULARY, HIDDEN), layers, ones(), matrix(VOCABULARY, HIDDEN), (angle.cos(), angle.sin()))
+
+
+def shapes() -> Shapes:
+    products = ((HEADS + 2 * KV_HEADS) * DIM, HIDDEN), (HIDDEN, HEADS * DIM), (2 * INNER, HIDDEN), (HIDDEN, INNER)
+    return Shapes(
+        layers=LAYERS,
+        width=HEADS * DIM,
+        kv_width=KV_HEADS * DIM,
+        body_weights=LAYERS * sum(outputs * inputs for outputs, inputs in products),
+        head_weights=VOCABULARY * HIDDEN,
+        vocabulary=VOCABULARY,
+        element_bytes=2,
+        products=products,
+    )

@@ -1,0 +1,22 @@
+"""Pages between two processes of one GPU over UCX: 64 MiB as one page, and as pages of Llama-3-8B."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from services.transfer.bench import MEMCPY_BYTES, MIB, Work, measure
+
+REPEATS = 7
+WORKS = {"contiguous": Work(1, 64 * MIB, REPEATS), "paged": Work(32, 2 * MIB, REPEATS)}
+
+
+def results(model: str | None) -> Iterator[tuple[str, Any]]:
+    os.environ.setdefault("UCX_PROTO_INFO", "y")  # UCX's own report of how each kind of message goes
+    medians, transport = measure(list(WORKS.values()), "cuda")
+    yield "transport", {"ok": "cuda" in transport, "lanes": transport}
+    for name, of in WORKS.items():
+        seconds = medians[of]
+        rates = {f"{kind}_gb_s": of.bytes / seconds[kind] / 1e9 for kind in ("plain", "checked")}
+        yield name, {**rates, "copy_gb_s": MEMCPY_BYTES / seconds["memcpy"] / 1e9}
