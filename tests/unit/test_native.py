@@ -43,6 +43,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "five to one": Qwen2Config(**{**BASE, "num_attention_heads": 10}),
     "twenty to one": Qwen3Config(**{**BASE, "num_attention_heads": 20, "num_key_value_heads": 1}),
     "wide heads": Qwen3Config(**{**BASE, "head_dim": 128}),
+    "widest heads": LlamaConfig(**{**BASE, "head_dim": 256}),
     "odd heads": Qwen3Config(**{**BASE, "head_dim": 96}),
 }
 able = pytest.mark.skipif(build.compiler() is None, reason="no compiler")
@@ -138,6 +139,7 @@ def test_auto_prefers_it_and_torch_is_there_for_the_rest(tmp_path: Path) -> None
     [
         ({}, 8, "page_tokens must be a multiple of 16"),
         ({"head_dim": 16}, 16, "head_dim"),
+        ({"head_dim": 288}, 16, "head_dim is 288, more than 256"),
         ({"attention_bias": True}, 16, "bias"),
         ({"mlp_bias": True}, 16, "bias"),
         ({"hidden_act": "gelu"}, 16, "gelu"),
