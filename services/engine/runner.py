@@ -16,6 +16,8 @@ from services.engine.sequence import Sequence
 
 DEPTH = 4
 """Launches back from which a pending chunk may take its id."""
+LONGEST = 1 << 40
+"""More tokens than any sequence has: what puts one-token chunks behind prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +45,8 @@ class Runner:
         draws: list[Draw | None] = [None] * len(plan.chunks)
         if not plan.chunks:
             return Ticket(tuple(draws))
-        order = sorted(range(len(plan.chunks)), key=lambda i: (plan.chunks[i].tokens == 1, -plan.chunks[i].start))
+        keys = [LONGEST - chunk.start if chunk.tokens == 1 else -chunk.start for chunk in plan.chunks]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
         logits = self._forward(self.arrays([plan.chunks[i] for i in order]))
         drawing = [i for i in order if plan.chunks[i].draws]
         if drawing:
@@ -62,8 +65,11 @@ class Runner:
         """Chunks packed in this order: prompts must come first, and the longer of two one-token chunks."""
         ids: list[int] = []
         for chunk in chunks:
-            ids += self._ids(chunk)
-        self._tables = {chunk.sequence: self._table(chunk.sequence) for chunk in chunks}
+            if chunk.pending:
+                ids.append(self._pending(chunk))
+            else:
+                ids += chunk.sequence.ids[chunk.start : chunk.start + chunk.tokens]
+        tables = self._paged(chunks)
         tokens = np.asarray([chunk.tokens for chunk in chunks], dtype=np.int64)
         start = np.asarray([chunk.start for chunk in chunks], dtype=np.int64)
         ends = tokens.cumsum()
@@ -72,23 +78,23 @@ class Runner:
             ids=np.asarray(ids, dtype=np.int64),
             positions=np.arange(len(ids)) + np.repeat(start - ends + tokens, tokens),
             chunks=np.stack((ends - tokens, tokens, start, pages.cumsum() - pages), 1),
-            table=np.concatenate([table[:n] for (_, table), n in zip(self._tables.values(), pages.tolist(), strict=True)]),
+            table=np.concatenate([table if len(table) == n else table[:n] for table, n in zip(tables, pages.tolist(), strict=True)]),
             keep=ends[[chunk.draws for chunk in chunks]] - 1,
         )
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
-    def _table(self, sequence: Sequence) -> tuple[list[int], Ints]:
-        """The array is as good as new while the sequence has the same list of pages, which only ever grows."""
-        kept = self._tables.get(sequence)
-        if kept is not None and kept[0] is sequence.pages and len(kept[0]) == len(kept[1]):
-            return kept
-        return sequence.pages, np.asarray(sequence.pages, dtype=np.int64)
-
-    def _ids(self, chunk: Chunk) -> list[int]:
-        if chunk.pending:
-            return [self._pending(chunk)]
-        return chunk.sequence.ids[chunk.start : chunk.start + chunk.tokens]
+    def _paged(self, chunks: list[Chunk]) -> list[Ints]:
+        """Page ids of each chunk's sequence. An array is as good as new while the sequence has the same list of pages, which only grows."""
+        before, self._tables = self._tables, {}
+        for chunk in chunks:
+            sequence = chunk.sequence
+            pages = sequence.pages
+            kept = before.get(sequence)
+            if kept is None or kept[0] is not pages or len(pages) != len(kept[1]):
+                kept = pages, np.asarray(pages, dtype=np.int64)
+            self._tables[sequence] = kept
+        return [table for _, table in self._tables.values()]
 
     def _pending(self, chunk: Chunk) -> int:
         """What the newest launch that drew for this sequence drew."""

@@ -137,15 +137,16 @@ class Scheduler:
             raise ValueError(f"launch {plan.number} is not the oldest in flight")
         _, runs = self._flights.popleft()
         self._collected += 1
+        collected, prefixes = self._roster.collected, self._prefixes
         for run, chunk, draw in zip(runs, plan.chunks, output.draws, strict=True):
-            if not self._roster.collected(run):
+            if not collected(run):
                 continue
             sequence = run.sequence
             sequence.computed = chunk.start + chunk.tokens
             if chunk.start < run.known:
                 self._outcomes.append(Computed(sequence.key, sequence.computed, tuple(sequence.pages)))
-            if self._prefixes is not None:
-                self._prefixes.remember(sequence, chunk.start)
+            if prefixes is not None:
+                prefixes.remember(sequence, chunk.start)
             if chunk.draws:
                 if draw is None:
                     raise ValueError(f"launch {plan.number} drew no token for {sequence.key}")
@@ -325,7 +326,8 @@ class Scheduler:
     # ---------------------------------------------------------------------------------------------------------- chunks
 
     def _decode(self, run: Run) -> Chunk:
-        return Chunk(run.sequence, run.sequence.planned, 1, True, run.sequence.index + run.ahead, run.ahead > 0)
+        sequence, ahead = run.sequence, run.ahead
+        return Chunk(sequence, sequence.planned, 1, True, len(sequence.ids) - sequence.prompt_tokens + ahead, ahead > 0)
 
     def _prefill(self, run: Run, tokens: int) -> Chunk:
         if run.stage is Stage.WAITING:
@@ -344,7 +346,7 @@ class Scheduler:
     def _append(self, run: Run, token: Token, *, drawn: bool) -> None:
         """The sequence's next output token, which may be its last one here. One that prefill drew is news only if it ends it."""
         sequence = run.sequence
-        if token.index != sequence.index:
+        if token.index != len(sequence.ids) - sequence.prompt_tokens:  # `index`, whose call would be a twelfth of a large step
             raise ValueError(f"token {token.index} of {sequence.key} comes where {sequence.index} is due")
         sequence.ids.append(token.id)
         finish = sequence.ends_with(token.id)

@@ -54,4 +54,4 @@ class Sequence:
         """Why the sequence ends once `token` has been appended, or None."""
         if token in self.stop_ids:
             return "stop"
-        return "length" if self.index >= self.max_tokens else None
+        return "length" if len(self.ids) - self.prompt_tokens >= self.max_tokens else None

@@ -43,6 +43,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "five to one": Qwen2Config(**{**BASE, "num_attention_heads": 10}),
     "twenty to one": Qwen3Config(**{**BASE, "num_attention_heads": 20, "num_key_value_heads": 1}),
     "wide heads": Qwen3Config(**{**BASE, "head_dim": 128}),
+    "widest heads": LlamaConfig(**{**BASE, "head_dim": 256}),
     "odd heads": Qwen3Config(**{**BASE, "head_dim": 96}),
 }
 able = pytest.mark.skipif(build.compiler() is None, reason="no compiler")
@@ -78,11 +79,26 @@ def test_float32_is_eager(kind: str, config: PreTrainedConfig, tmp_path: Path) -
 @pytest.mark.parametrize("kind", playable())
 def test_bfloat16_is_as_near_as_torch(kind: str, config: PreTrainedConfig, tmp_path: Path) -> None:
     """Against the same rounded weights in float32: no further away than transformers' own bfloat16, on average and at worst."""
+    near_as_torch(kind, *made(config, tmp_path, "bfloat16"))
 
+
+@able
+@pytest.mark.parametrize("kind", playable())
+def test_maxima_that_grow(kind: str, tmp_path: Path) -> None:
+    """Scores so far apart that a row's maximum grows by powers of two from one block of keys to the next."""
+    sharp = saved(CONFIGS["grouped"], tmp_path, std=0.1)
+    with torch.no_grad():
+        for layer in sharp.model.layers:
+            layer.self_attn.q_proj.weight *= 4
+    sharp.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = load(tmp_path, "cpu", "bfloat16", 16)
+    near_as_torch(kind, sharp.float(), loaded, Pool(loaded.layout, 120, "cpu"))
+
+
+def near_as_torch(kind: str, eager: Any, loaded: LoadedModel, pool: Pool) -> None:
     def errors(forward: Any) -> torch.Tensor:
         return torch.stack([found - wanted for found, wanted in pairs(Runner(forward, 16), eager, [*PLANS, *LONG], 16, 120)]).abs()
 
-    eager, loaded, pool = made(config, tmp_path, "bfloat16")
     ours = errors(NativeForward(NativeWeights(loaded, build.library(kind)), pool))
     pool.tensor.zero_()
     plain = errors(TorchForward(loaded, pool))
@@ -138,6 +154,7 @@ def test_auto_prefers_it_and_torch_is_there_for_the_rest(tmp_path: Path) -> None
     [
         ({}, 8, "page_tokens must be a multiple of 16"),
         ({"head_dim": 16}, 16, "head_dim"),
+        ({"head_dim": 288}, 16, "head_dim is 288, more than 256"),
         ({"attention_bias": True}, 16, "bias"),
         ({"mlp_bias": True}, 16, "bias"),
         ({"hidden_act": "gelu"}, 16, "gelu"),

@@ -10,7 +10,7 @@
 namespace baton {
 
 struct Amx : Bf16 {
-    static constexpr int rows = 32, unit = 16, piece = 9 * W;
+    static constexpr int rows = 32, unit = 16, piece = 9 * W, pairs = 1;
     // Pieces of 16 rows and 32 columns, one behind the other: of bfloat16 each is a tile. What a product writes then lies together, where
     // rows of a wide matrix would cost a cache line of their own for each 32 columns.
     static INLINE long place(long row, long column, long width) {

@@ -34,7 +34,7 @@ inline void amx_decode(const Pages& pages, const int64_t* table, long tokens, lo
     auto* weights = reinterpret_cast<uint16_t*>(scores + W * room);
     // A tile of sums has a column for each head, and 16 of them: with few heads, several pieces of keys share it, each with its own columns.
     const long share = heads <= 4 ? 4 : heads <= 8 ? 2 : 1, columns = W / share;
-    alignas(64) uint32_t queries[4][256 / 2 * W] = {}, block[2][4 * 256];
+    alignas(64) uint32_t queries[4][MOST_HEAD / 2 * W] = {}, block[2][4 * 256];
     alignas(64) float sums[4 * 256], turned[256];
     const auto place = [&](long h, long at) { return q.piece(0, (first + h) * dim + at); };
     for (long h = 0; h < heads; ++h)

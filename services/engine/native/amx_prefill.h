@@ -19,9 +19,9 @@ class Prefill<Amx> {
     static constexpr F ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
     struct alignas(64) Scratch {
-        float scores[ROWS * BLOCK], out[ROWS * 256], total[ROWS * W];
+        float scores[ROWS * BLOCK], out[ROWS * MOST_HEAD], total[ROWS * W];
         float low[ROWS * W], shrink[ROWS];  // low: 16 times minus the maximum that a row's weights are of
-        uint32_t queries[ROWS * 128], weights[ROWS * LANES];
+        uint32_t queries[ROWS * MOST_HEAD / 2], weights[ROWS * LANES];
     };
     std::unique_ptr<Scratch> own{new Scratch};  // not cleared
 

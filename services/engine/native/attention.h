@@ -43,6 +43,7 @@ struct Context {
 constexpr long KEYS = 128;       // keys that are weighed at a time
 constexpr long PIECES = KEYS / W;  // of 16 keys, a vector
 constexpr long QUERY_ROWS = 96;  // rows (tokens x heads of the group) of a block of queries
+constexpr long MOST_HEAD = 256;  // head_dim
 const float NONE = -__builtin_inff();
 
 inline long padded(long tokens) { return (tokens + KEYS - 1) / KEYS * KEYS; }

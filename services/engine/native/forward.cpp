@@ -205,7 +205,7 @@ struct Forward {
             const long t = first + i, position = l.positions[t], at = position % l.page_tokens;
             const long page = l.table[owner[t]->pages + position / l.page_tokens];
             const float *cos = m.cos + position * (dim / 2), *sin = m.sin + position * (dim / 2);
-            float own[256];
+            float own[MOST_HEAD];
             const auto head = [&](long column) {
                 for (long c = 0; c < dim; c += W) store(own + c, load<F>(qkv + E::place(i, column + c, room)));
                 return own;

@@ -25,6 +25,8 @@ COLUMNS = 32
 HALF = 16
 """Gate and up projections take turns in a panel, so that both are in registers when one is multiplied with the other."""
 
+MOST_HEAD = 256
+"""The largest head_dim, as in attention.h."""
 QUERY_ROWS = 96
 """Heads times tokens of a block of queries, as in attention.h."""
 
@@ -46,6 +48,8 @@ def refusal(loaded: LoadedModel, page_tokens: int) -> str | None:
     group = config.num_attention_heads // layout.kv_heads
     if group > QUERY_ROWS:
         return f"{group} query heads share a KV head"
+    if layout.head_dim > MOST_HEAD:
+        return f"head_dim is {layout.head_dim}, more than {MOST_HEAD}"
     if page_tokens % 16 or layout.head_dim % 32 or config.hidden_size % COLUMNS or config.intermediate_size % HALF:
         return "page_tokens must be a multiple of 16, head_dim and hidden_size of 32, intermediate_size of 16"
     return None

@@ -80,6 +80,37 @@ inline void product<Amx>(int rows, const uint32_t* a, const uint32_t* panel, Pie
 }
 #endif
 
+// Up to 16 rows times two panels: two streams of weights come from memory faster than one. For kinds with `pairs`.
+template <class E>
+void product_of_two(const uint32_t* a, const uint32_t* panel, const uint32_t* next, long depth, float* to, float* behind);
+
+#ifdef __AMX_BF16__
+template <>
+inline void product_of_two<Amx>(const uint32_t* a, const uint32_t* panel, const uint32_t* next, long depth, float* to, float* behind) {
+    amx_clear<true>();
+    written();
+    for (long k = 0; k < depth; k += W) {
+        for (long i = 0; i < 2 * W; ++i) {
+            __builtin_prefetch(panel + (k + 2 * W) * COLUMNS + i * W, 0, 2);
+            __builtin_prefetch(next + (k + 2 * W) * COLUMNS + i * W, 0, 2);
+        }
+        _tile_loadd(4, a + k * W, W * 4);
+        _tile_loadd(5, panel + k * COLUMNS, COLUMNS * 4);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, panel + k * COLUMNS + W, COLUMNS * 4);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(7, next + k * COLUMNS, COLUMNS * 4);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_loadd(5, next + k * COLUMNS + W, COLUMNS * 4);
+        _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, to, COLUMNS * 4);
+    _tile_stored(1, to + W, COLUMNS * 4);
+    _tile_stored(2, behind, COLUMNS * 4);
+    _tile_stored(3, behind + W, COLUMNS * 4);
+}
+#endif
+
 // Rows that `gemm` takes at most.
 constexpr long MOST_ROWS = 512;
 
@@ -91,7 +122,7 @@ void gemm(const typename E::T* activations, const uint32_t* weights, long rows, 
     const long depth = inner / E::step, panels = (columns + COLUMNS - 1) / COLUMNS, size = depth * COLUMNS;
     const long units = (rows + E::unit - 1) / E::unit, tiles = (rows + E::rows - 1) / E::rows;
     const long pieces = E::piece && tiles > 1 ? (depth + E::piece - 1) / E::piece : 1;
-    const long share = std::max(1l, panels / (4 * threads)), parts = (panels + share - 1) / share;
+    const long share = std::max(2l, panels / (8 * threads) * 2), parts = (panels + share - 1) / share;
     const auto start = [&](long t) { return std::min(rows, units * t / tiles * E::unit); };
     const auto cut = [&](long n) { return depth / W * n / pieces * W; };
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -100,23 +131,31 @@ void gemm(const typename E::T* activations, const uint32_t* weights, long rows, 
         alignas(64) float all[(MOST_ROWS + E::rows) * COLUMNS];
         // Sums of a whole depth need two places: what is made of one tile's sums overlaps with the next tile's products.
         const auto sums = [&](long t) { return all + (pieces > 1 ? t : t % 2) * E::rows * COLUMNS; };
-        const auto finish = [&](long p, long t) {
-            const float* from = sums(t);
+        const auto finish = [&](long p, long t, const float* from) {
             for (long row = start(t); row < start(t + 1); ++row, from += COLUMNS) out(row, p * COLUMNS, load<F>(from), load<F>(from + W));
         };
 #pragma omp for schedule(dynamic)
-        for (long part = 0; part < parts; ++part)
-            for (long p = part * share; p < std::min(panels, (part + 1) * share); ++p) {
+        for (long part = 0; part < parts; ++part) {
+            long p = part * share;
+            const long end = std::min(panels, p + share);
+            if constexpr (E::pairs)
+                for (; rows <= W && p + 1 < end; p += 2) {
+                    product_of_two<E>(a, weights + p * size, weights + (p + 1) * size, depth, sums(0), sums(1));
+                    finish(p, 0, sums(0));
+                    finish(p + 1, 0, sums(1));
+                }
+            for (; p < end; ++p) {
                 const uint32_t* panel = weights + p * size;
                 Ahead ahead = {panel + (tiles > 1 ? size : 2 * W * COLUMNS), (2 * W + tiles - 1) / tiles};
                 for (long n = 0; n < pieces; ++n)
                     for (long t = 0; t < tiles; ++t) {
                         const Piece piece = {cut(n), pieces > 1 ? cut(n + 1) - cut(n) : depth, depth};
                         product<E>(start(t + 1) - start(t), a + start(t) * depth, panel, piece, ahead, sums(t));
-                        if (t && n == pieces - 1) finish(p, t - 1);
+                        if (t && n == pieces - 1) finish(p, t - 1, sums(t - 1));
                     }
-                finish(p, tiles - 1);
+                finish(p, tiles - 1, sums(tiles - 1));
             }
+        }
     }
 }
 

@@ -125,11 +125,12 @@ INLINE void transpose(const uint32_t* from, long stride, uint32_t* to) {
 
 // Kinds of elements. `rows`: of activations that are multiplied at a time, a multiple of `unit`; a Session is what a thread needs for it.
 // `piece`: lanes of depth that are multiplied at a time if rows are many, so that weights stay in L1 for all of them; 0: all.
+// `pairs`: whether few rows meet two panels of weights at a time.
 // `place`: where a row's elements from `column` on (a multiple of 16; 16 of them lie together) stand in activations `[rows][width]`.
 struct Float {
     struct Session {};
     using T = float;
-    static constexpr int rows = 12, unit = 1, piece = 0;  // 12 rows x 2 vectors of sums leave registers for weights and one activation
+    static constexpr int rows = 12, unit = 1, piece = 0, pairs = 0;  // 12 rows x 2 vectors of sums leave registers for weights and one activation
     static constexpr int step = 1;  // elements in a lane
     static INLINE long place(long row, long column, long width) { return row * width + column; }
     static INLINE F mac(F acc, U a, U w) { return acc + bits(a) * bits(w); }
@@ -142,7 +143,7 @@ struct Float {
 struct Bf16 {
     struct Session {};
     using T = uint16_t;
-    static constexpr int rows = 12, unit = 1, piece = 0;
+    static constexpr int rows = 12, unit = 1, piece = 0, pairs = 0;
     static constexpr int step = 2;
     static INLINE long place(long row, long column, long width) { return row * width + column; }
     static INLINE F mac(F acc, U a, U w) {
