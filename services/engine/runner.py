@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from services.engine.forward import Forward
 from services.engine.launch import Ints, Launch
@@ -39,20 +40,29 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Ticket:
         """Prompt chunks first, then one-token chunks, the longest first; logits only where a token is drawn."""
-        draws: list[Draw | None] = [None] * len(plan.chunks)
         if not plan.chunks:
-            return Ticket(tuple(draws))
-        order = sorted(range(len(plan.chunks)), key=lambda i: (plan.chunks[i].tokens == 1, -plan.chunks[i].start))
-        logits = self._forward(self.arrays([plan.chunks[i] for i in order]))
+            return Ticket(())
+        order = self.order(plan)
+        draws = self.draws(plan, order, self._forward(self.arrays([plan.chunks[i] for i in order])))
+        self._drawn.append({c.sequence: one.id for c, one in zip(plan.chunks, draws, strict=True) if one is not None})
+        return Ticket(draws)
+
+    def collect(self, ticket: Ticket) -> StepOutput:
+        return StepOutput(ticket.draws)
+
+    @staticmethod
+    def order(plan: Plan) -> list[int]:
+        """In which the plan's chunks are packed."""
+        return sorted(range(len(plan.chunks)), key=lambda i: (plan.chunks[i].tokens == 1, -plan.chunks[i].start))
+
+    def draws(self, plan: Plan, order: list[int], logits: Tensor) -> tuple[Draw | None, ...]:
+        """What the plan draws, by position in it, from logits in the order in which it was packed."""
+        draws: list[Draw | None] = [None] * len(plan.chunks)
         drawing = [i for i in order if plan.chunks[i].draws]
         if drawing:
             for i, one in zip(drawing, draw(logits, [self._row(plan.chunks[i]) for i in drawing]), strict=True):
                 draws[i] = one
-        self._drawn.append({c.sequence: one.id for c, one in zip(plan.chunks, draws, strict=True) if one is not None})
-        return Ticket(tuple(draws))
-
-    def collect(self, ticket: Ticket) -> StepOutput:
-        return StepOutput(ticket.draws)
+        return tuple(draws)
 
     def arrays(self, chunks: list[Chunk]) -> Launch:
         """Chunks packed in this order: prompts must come first, and the longer of two one-token chunks."""

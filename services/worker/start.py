@@ -32,11 +32,11 @@ def start(kind: Kind) -> int:
     """Build the engine, join the fleet, serve until told to stop. Returns the exit status."""
 
     async def main(settings: WorkerSettings, service: Service) -> None:
-        pin(settings)
+        shares = pin(settings)
         redis = connect(settings.redis_url)
         try:
             async with leased(settings, redis, service):
-                room = await asyncio.to_thread(build, settings)
+                room = await asyncio.to_thread(build, settings, shares, role)
                 identity = await Fleet(redis, settings.fleet).join(room.identity)
                 await kind(room, settings, service, redis, identity).run()
         finally:

@@ -105,8 +105,8 @@ class Here:
         return event
 
     def expect(self, grant: int, peer: str = "prefill") -> Any:
-        self.transfer.expect(peer, grant, ALL, ALL)
-        return self.next(Posted).rank
+        self.transfer.expect(peer, grant, ALL, ALL, (SHARD,))
+        return self.next(Posted).ranks[0]
 
     def until_first_page(self) -> None:
         deadline = time.monotonic() + WAIT_S
