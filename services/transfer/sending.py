@@ -46,6 +46,16 @@ class _Message:
     part: Shard | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A message under way. The receiver reads from `content`, of which UCX keeps no reference: a gathered copy lives by this one."""
+
+    push: Push | None
+    request: Any
+    content: Array
+    size: int
+
+
 @dataclass(eq=False)
 class _Channel:
     """An endpoint, what waits for it, and what is under way on it."""
@@ -53,8 +63,7 @@ class _Channel:
     peer: Incarnation
     endpoint: ucx.UCXEndpoint
     waiting: deque[_Message] = field(default_factory=deque)
-    sent: deque[tuple[Push | None, Any, int]] = field(default_factory=deque)
-    """Each with its request and its bytes."""
+    sent: deque[_Sent] = field(default_factory=deque)
     pushes: set[Push] = field(default_factory=set)
     broken: str = ""
     closing: Any = None
@@ -172,7 +181,7 @@ class Sender:
         if self._closing:
             self.worker.progress()  # more than a step: cancels what closing has only scheduled
         for channel in self._closing:
-            while channel.sent and channel.sent[0][1].completed:
+            while channel.sent and channel.sent[0].request.completed:
                 channel.sent.popleft()
         self._closing = [channel for channel in self._closing if channel.open]
 
@@ -202,22 +211,22 @@ class Sender:
         except Exception as error:  # UCXX raises bare RuntimeErrors besides its own
             self._break(channel, f"{type(error).__name__}: {error}")
             return
-        channel.sent.append((push, request, size))
+        channel.sent.append(_Sent(push, request, content, size))
 
     def _collect(self, channel: _Channel) -> bool:
         moved = False
-        while channel.sent and channel.sent[0][1].completed:
-            push, request, size = channel.sent.popleft()
+        while channel.sent and channel.sent[0].request.completed:
+            sent = channel.sent.popleft()
             moved = True
-            if request.status != 0:
-                self._break(channel, f"a page could not be sent (UCX status {request.status})")
-            elif push is not None:
+            if sent.request.status != 0:
+                self._break(channel, f"a page could not be sent (UCX status {sent.request.status})")
+            elif sent.push is not None:
                 self.sent_pages += 1
-                self.sent_bytes += size
+                self.sent_bytes += sent.size
                 self._say_transport(channel)
-                self._emit(self._book.left(push, time.monotonic()))
-                if push.over:
-                    channel.pushes.discard(push)
+                self._emit(self._book.left(sent.push, time.monotonic()))
+                if sent.push.over:
+                    channel.pushes.discard(sent.push)
         return moved
 
     # ------------------------------------------------------------------------------------------------------- channels

@@ -17,7 +17,8 @@ from services.transfer.protocol import Arrived, Landed, Posted, Sent, TransferEv
 from services.transfer.twin import Switchboard, TwinTransfer
 from services.transfer.ucx import UcxTransfer
 
-LAYOUT = Layout(layers=5, kv_heads=4, page_tokens=4, head_dim=8, dtype="float32")
+LAYOUT = Layout(layers=5, kv_heads=4, page_tokens=64, head_dim=64, dtype="float32")
+"""Pages so large that their parts go by rendezvous."""
 PAGES = 6
 WAIT_S = 10.0
 
@@ -106,7 +107,10 @@ def test_a_withdrawn_push_lands_on_all_ranks(kind: str) -> None:
             transfer.abandon(1, told=True)
         prefill.transfers[0].flush("decode", ranks[0], 9, 1, (0, 1))
         prefill.transfers[0].flush("decode", ranks[1], 9, 1, ())
-        assert decode.next() == Landed(1)
+        said = [decode.next()]
+        if isinstance(said[0], Arrived):  # the flush was quicker than the abandonment: it verifies nowhere
+            said.append(decode.next())
+        assert said[-1] == Landed(1)
     finally:
         for transfer in (*prefill.transfers, *decode.transfers):
             transfer.close()
