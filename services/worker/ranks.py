@@ -27,7 +27,7 @@ from services.engine.grid import Grid
 from services.engine.launch import Launch
 from services.transfer.protocol import TransferCounts
 from services.worker.orders import Assignment, Command, Failed, Heard, Loaded, Order, Ready, Report, Take, Told, packed
-from services.worker.wire import HEAD, MOST_BYTES, Wire, framed
+from services.worker.wire import HEAD, MOST_BYTES, M, Wire, framed
 
 log = get_logger(__name__)
 
@@ -93,7 +93,7 @@ class Ranks:
 
     def loaded(self) -> list[int]:
         """Wait until every rank has its weights; the free bytes of each one's device. Raises StartError."""
-        return [found.free_bytes for rank in self._ranks if isinstance(found := self._answer(rank), Loaded)]
+        return [self._answer(rank, Loaded).free_bytes for rank in self._ranks]
 
     def take(self, pages: int) -> None:
         """Have them make their pools and meet; rank 0 must meet them now, then wait for `ready`."""
@@ -103,11 +103,10 @@ class Ranks:
     def ready(self) -> None:
         """Wait until every rank waits for launches. Raises StartError."""
         for rank in self._ranks:
-            if not isinstance(self._answer(rank), Ready):
-                raise StartError(f"rank {rank.number} has lost the thread")
+            self._answer(rank, Ready)
             rank.launches.deadline(LAUNCH_S)
 
-    def _answer(self, rank: _Rank) -> Loaded | Ready:
+    def _answer(self, rank: _Rank, kind: type[M]) -> M:
         rank.launches.deadline(START_S)
         try:
             body = rank.launches.receive(Report).body
@@ -117,6 +116,8 @@ class Ranks:
             raise StartError(f"rank {rank.number} ended while starting: {error}") from None
         if isinstance(body, Failed):
             raise StartError(f"rank {rank.number}: {body.reason}")
+        if not isinstance(body, kind):
+            raise StartError(f"rank {rank.number} says {type(body).__name__} where {kind.__name__} was due")
         return body
 
     # --------------------------------------------------------------------------------------------------------- serving
@@ -177,6 +178,7 @@ class Ranks:
         """From any thread: one rank is lost, and so are all. No drain: gateways and peers hear no more beats, as if all had been killed."""
         log.error("a rank is lost, the worker ends", reason=f"{type(error).__name__}: {error}")
         self._kill()
+        self._folder.cleanup()
         leave(1)
 
     def close(self) -> None:
