@@ -1,7 +1,7 @@
 """Each phase its own parallelism: whatever the degrees of prefill and decode, whole systems give the ids of plain transformers.
 
-Quick: a few pairs of degrees. BATON_TEST_FULL=1: every pair of one rank, three parts and two stages on SmolLM2 (9 heads, 3 KV heads), and
-mixed ones on a random model.
+Quick: one pair of degrees, and a rank that is killed. BATON_TEST_FULL=1: every pair of one rank, three parts and two stages on SmolLM2
+(9 heads, 3 KV heads), mixed ones on a random model, and colocated workers.
 """
 
 from __future__ import annotations
