@@ -91,7 +91,8 @@ class Choice(Struct, frozen=True):
 
 
 class Layout(Struct, frozen=True):
-    """Shape of one page of one rank: `[layers, 2, kv_heads, page_tokens, head_dim]` of `dtype`, contiguous."""
+    """Shape of one page: `[layers, 2, kv_heads, page_tokens, head_dim]` of `dtype`, contiguous. Between workers always of the whole model;
+    a rank's own pages hold the `share` of its shard."""
 
     layers: int
     kv_heads: int
@@ -107,6 +108,11 @@ class Layout(Struct, frozen=True):
     def pages(self, tokens: int) -> int:
         """Pages that hold `tokens` tokens."""
         return -(-tokens // self.page_tokens)
+
+    def share(self, shard: Shard) -> Layout:
+        """Of the pages of a rank that holds this much of the model."""
+        (first, last), (low, high) = shard.layers, shard.kv_heads
+        return Layout(last - first, high - low, self.page_tokens, self.head_dim, self.dtype)
 
 
 class Shard(Struct, frozen=True):
@@ -288,7 +294,8 @@ class Resend(Struct, frozen=True, tag=True):
 
 
 class PeerBeat(Struct, frozen=True, tag=True):
-    """Prefill to decode, every `BEAT_S`: who I am and which handoffs I still pursue (the decode lapses every other one of mine)."""
+    """Prefill to decode, every `BEAT_S`: who I am, what each of my ranks holds of the model, and which handoffs I still pursue (the decode
+    lapses every other one of mine)."""
 
     sequence: int
     link: int
@@ -316,8 +323,8 @@ class Offer(Struct, frozen=True, tag=True):
 
 
 class Pushed(Struct, frozen=True, tag=True):
-    """All pages are on their way and the first token is drawn. `checksums[rank]` of the pages that were asked for, in order; empty when
-    checksums are off."""
+    """All pages are on their way and the first token is drawn. `checksums[rank]` of what that rank of the decode was sent of the pages that
+    were asked for, by sending rank, then in order; empty when checksums are off."""
 
     handoff: int
     grant: int
@@ -352,7 +359,7 @@ class Granted(Struct, frozen=True, tag=True):
 
     handoff: int
     grant: int
-    """Numbered per decode incarnation, never reused: with page index and rank it makes the UCX tag."""
+    """Numbered per decode incarnation, never reused: with page index and sending rank it makes the UCX tag."""
     pages: list[int]
     ranks: list[GrantedRank]
 

@@ -62,6 +62,8 @@ class WorkerSettings(CommonSettings):
         "with device cuda: a free GPU of this host by a lease in Redis (auto), the one with this index or UUID, or torch's choice (none)",
     )
     dtype: DType = setting("auto", "of weights and KV; auto: the model's own")
+    tp: int = setting(1, "tensor parallelism: ranks among which the heads of each layer are divided", low=1, high=64)
+    pp: int = setting(1, "pipeline parallelism: stages of consecutive layers; the worker has tp times pp ranks", low=1, high=64)
     cores: str | None = setting(None, "CPU cores for this worker, as 0 or 0-3 or 0,2; default: all it may use")
     pages: int | None = setting(None, "pages of KV in the pool; default: from free memory", low=1)
     memory_fraction: float = setting(

@@ -23,7 +23,21 @@ MAY_IMPORT = {
 HEAVY = {"torch", "transformers", "ucxx"}
 PURE = {
     f"services/engine/{name}.py"
-    for name in ("sequence", "plan", "pages", "policies", "run", "inbound", "scheduler", "engine", "prefixes", "binding", "budgets", "pace")
+    for name in (
+        "sequence",
+        "plan",
+        "pages",
+        "policies",
+        "run",
+        "inbound",
+        "scheduler",
+        "engine",
+        "prefixes",
+        "binding",
+        "budgets",
+        "grid",
+        "pace",
+    )
 } | {
     "services/prefill/core.py",
     "services/prefill/handoffs.py",
@@ -37,6 +51,8 @@ PURE = {
     "services/engine/bench/rounds.py",
     "services/engine/bench/report.py",
     "services/transfer/protocol.py",
+    "services/transfer/parts.py",
+    "services/transfer/gather.py",
 }
 """Files that the simulator and the tests of the rules run without torch."""
 TEXT_ONLY = {"gateway/prompts.py": {"transformers"}}

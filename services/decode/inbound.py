@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import zip_longest
 from typing import TypeAlias
 
 from common.messages import Committed, Granted, Incarnation, Key, Offer, Pushed, Refused, Rejected, Token, Waiting, Withdrawn
@@ -217,7 +218,7 @@ class Inbound:
         if handoff is None or self._arrivals[handoff].stage is not Stage.GRANTED:
             return []
         arrival = self._arrivals[handoff]
-        arrival.granted = Granted(handoff[1], arrival.grant, list(arrival.pages), [event.rank])
+        arrival.granted = Granted(handoff[1], arrival.grant, list(arrival.pages), list(event.ranks))
         return [Send(handoff[0], arrival.granted)]
 
     def arrived(self, event: Arrived, now: float) -> list[Action]:
@@ -296,11 +297,11 @@ class Inbound:
         word, arrived = arrival.word, arrival.arrived
         if word is None or arrived is None or arrival.stage is not Stage.GRANTED:
             return []
-        sent = word.checksums[0] if word.checksums else []
-        if tuple(sent) != arrived.checksums:
+        sent = [tuple(sums) for sums in word.checksums]
+        wrong = first_differing(arrival.missing, sent, arrived.checksums)
+        if wrong is not None:
             self.rejections += 1
-            wrong = differing(arrival.missing, sent, arrived.checksums)
-            return [*self._abandon(handoff, arrival), Send(handoff[0], Rejected(handoff[1], 0, wrong))]
+            return [*self._abandon(handoff, arrival), Send(handoff[0], Rejected(handoff[1], *wrong))]
         del self._by_grant[arrival.grant]
         arrival.stage = Stage.COMMITTED
         transfer_s = word.spent_s + now - arrival.word_at
@@ -327,8 +328,15 @@ class Inbound:
         return [*actions, ClosePeer(peer)]
 
 
-def differing(indices: tuple[int, ...], sent: list[int], arrived: tuple[int, ...]) -> list[int]:
-    """Indices of the pages whose checksums differ; all of them if the two sides do not speak of as many."""
-    if not len(indices) == len(sent) == len(arrived):
-        return list(indices)
-    return [index for index, theirs, ours in zip(indices, sent, arrived, strict=True) if theirs != ours]
+def first_differing(
+    indices: tuple[int, ...], sent: list[tuple[int, ...]], arrived: tuple[tuple[int, ...], ...]
+) -> tuple[int, list[int]] | None:
+    """The first rank of which checksums differ, and the pages that they are of; all of them if the two sides do not speak of as many."""
+    for rank, (theirs, ours) in enumerate(zip_longest(sent, arrived, fillvalue=())):
+        if theirs == ours:
+            continue
+        if not indices or len(theirs) != len(ours) or len(ours) % len(indices):
+            return rank, list(indices)
+        places = indices * (len(ours) // len(indices))
+        return rank, sorted({index for index, sum_sent, sum_here in zip(places, theirs, ours, strict=True) if sum_sent != sum_here})
+    return None

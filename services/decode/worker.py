@@ -9,18 +9,32 @@ from redis.asyncio import Redis
 
 from common.beats import Liveness
 from common.logs import get_logger
-from common.messages import PROTOCOL, Identity, Key, Letter, Mismatch, Offer, PeerBeat, Pushed, Role, Withdraw
+from common.messages import (
+    PROTOCOL,
+    Identity,
+    Incarnation,
+    Key,
+    Letter,
+    Mismatch,
+    Offer,
+    PeerBeat,
+    Pushed,
+    Role,
+    Shard,
+    Withdraw,
+)
 from common.service import Service
 from common.settings import WorkerSettings
 from services.decode.core import Action, DecodeCore
 from services.decode.inbound import Abandon, ClosePeer, Commit, Expect, Inbound, Land, Lapse, Reserve, Send
 from services.engine.plan import Drawn, Outcome
-from services.transfer.faults import parse
+from services.transfer.parts import covers
 from services.transfer.protocol import Arrived, Landed, Posted, TransferEvent
-from services.transfer.ucx import UcxTransfer
 from services.worker.figures import transfer_figures
+from services.worker.orders import Heard
 from services.worker.room import Room
 from services.worker.runs import Runs
+from services.worker.transfers import Transfers
 from services.worker.worker import Worker
 
 log = get_logger(__name__)
@@ -33,10 +47,10 @@ class DecodeWorker(Worker[Action]):
         super().__init__(room, settings, service, redis, identity)
         most = identity.max_request_pages * room.layout.page_tokens
         self._core = DecodeCore(self.gateways.outbox, Inbound(room.layout.page_tokens, most), max_request_tokens=most)
-        self._transfer = UcxTransfer(
-            room.pool.bytes, room.shard, self._transferred, checksums=settings.checksums, fault=parse(settings.fault)
-        )
+        self._transfer = Transfers(room, settings, self._transferred)
         self._prefills = Liveness()
+        self._shards: dict[Incarnation, tuple[Shard, ...]] = {}
+        """What each rank of a living prefill holds."""
 
     # ----------------------------------------------------------------------------------------------------------- hooks
 
@@ -68,6 +82,7 @@ class DecodeWorker(Worker[Action]):
                 self.server.send(peer, Mismatch(reason))
                 return
             self._prefills.heard(peer, now)
+            self._shards[peer] = tuple(body.shards)
         elif peer not in self._prefills.alive:
             self.server.refusals.note("stranger", sender=peer)
             return
@@ -83,6 +98,7 @@ class DecodeWorker(Worker[Action]):
         for peer, reason in self._prefills.dead(now):
             log.warning("prefill lost", prefill=peer, reason=reason)
             self._prefills.forget(peer)
+            self._shards.pop(peer, None)
             actions += self._core.peer_dead(peer, now)
         facts = self.facts()
         for peer in self._prefills.alive:
@@ -102,7 +118,7 @@ class DecodeWorker(Worker[Action]):
                 self.engine.post(scheduler.landed, handoff)
             case Expect(handoff, grant, pages, indices):
                 self.death.strike("transfer")
-                self._transfer.expect(handoff[0], grant, pages, indices)
+                self._transfer.expect(handoff[0], grant, pages, indices, self._shards[handoff[0]])
             case Abandon(grant, told):
                 self._transfer.abandon(grant, told=told)
             case ClosePeer(peer):
@@ -111,6 +127,9 @@ class DecodeWorker(Worker[Action]):
                 self.gateways.meet(offer.job.gateway, offer.job.tokens_address)
                 self.engine.post(scheduler.admit, handoff, token)
                 self.death.strike("decode_queue")
+
+    def rank_heard(self, rank: int, word: Heard) -> None:
+        self._transfer.heard(rank, word)
 
     def own_figures(self) -> dict[str, float]:
         return transfer_figures(self._transfer.counts)
@@ -121,20 +140,18 @@ class DecodeWorker(Worker[Action]):
     # ---------------------------------------------------------------------------------------------------------- inside
 
     def _mismatch(self, beat: PeerBeat) -> str | None:
-        """Why a prefill cannot hand over to this decode, or None. Unequal shards come with parallelism."""
+        """Why a prefill cannot hand over to this decode, or None. Degrees of parallelism may differ: ranks exchange what both hold."""
         if beat.protocol != PROTOCOL:
             return f"protocol {beat.protocol}, this decode speaks {PROTOCOL}"
         if (beat.fleet, beat.fingerprint) != (self.settings.fleet, self.identity.fingerprint):
             return f"fleet {beat.fleet} and fingerprint {beat.fingerprint}, this decode has {self.identity.fingerprint}"
-        if beat.layout != self.room.layout or beat.shards != [self.room.shard]:
-            return f"pages of {beat.layout} on {beat.shards}, this decode has {self.room.layout} on {[self.room.shard]}"
+        if beat.layout != self.room.layout:
+            return f"pages of {beat.layout}, this decode has {self.room.layout}"
+        if not covers(beat.layout, beat.shards):
+            return f"ranks that do not hold each head of each layer once: {beat.shards}"
         return None
 
     def _transferred(self, event: TransferEvent) -> None:
-        """On the transfer's thread."""
-        self._loop.call_soon_threadsafe(self._on_transferred, event)
-
-    def _on_transferred(self, event: TransferEvent) -> None:
         now = time.monotonic()
         match event:
             case Posted():

@@ -13,14 +13,15 @@ from services.engine.plan import Snapshot
 T = TypeVar("T")
 
 
-def prefill_wants(snapshot: Snapshot, unbegun: int, budget_tokens: int) -> int:
+def prefill_wants(snapshot: Snapshot, unbegun: int, budget_tokens: int, stages: int = 1) -> int:
     """Prompt tokens that a prefill would take from the queue; 0 or less: none. `unbegun`: claimed and in no launch yet.
 
-    While a launch is under way and nothing is left to plan behind it, an idle prefill elsewhere is the better place for a new job.
+    While a launch is under way (one for each stage of the model) and nothing is left to plan behind it, an idle prefill elsewhere is the
+    better place for a new job.
     """
     if unbegun or snapshot.pool.free + snapshot.pool.cached == 0:
         return 0
-    if snapshot.in_flight and not snapshot.unplanned_tokens:
+    if snapshot.in_flight >= stages and not snapshot.unplanned_tokens:
         return 0
     return budget_tokens - snapshot.unplanned_tokens
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from common.messages import Key, Sampling
 from services.engine.budgets import LENGTHS, chunk_within, saturating
+from services.engine.engine import Runner
 from services.engine.plan import Chunk, Plan
-from services.engine.runner import Runner
 from services.engine.sequence import Sequence
 
 BUDGET_S = 2.0

@@ -31,6 +31,13 @@ Forward: TypeAlias = Callable[[Launch], Tensor]
 """Writes the launch's KV into the pool; gives logits of its `keep` rows, `[draws, vocabulary]`."""
 
 
+def place_rank(loaded: LoadedModel) -> Callable[[Pool], TorchForward]:
+    """The same for one of a worker's ranks, which has `cut` its part of the model: always through torch."""
+    if packable(loaded.device, loaded.dtype):
+        pack(loaded.module)
+    return partial(TorchForward, loaded)
+
+
 def choose(loaded: LoadedModel, pool: Pool, kernels: Kernels, folder: str | None = None) -> Forward:
     """`place`, and over this pool at once."""
     return place(loaded, kernels, folder)(pool)

@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 from common.errors import StartError
 from common.messages import Layout, Shard
 from services.engine.attention import attend
+from services.engine.grid import Grid
 
 ATTENTION = "baton_paged"
 SUPPORTED = ("llama", "mistral", "opt", "qwen2", "qwen3")
@@ -77,6 +78,29 @@ def adopt(module: Any, device: str, page_tokens: int) -> LoadedModel:
         device=torch.device(device),
         dtype=module.dtype,
     )
+
+
+def refuse_grid(path: str | Path, grid: Grid) -> None:
+    """Raises StartError if the model's sizes cannot be divided so."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise StartError(f"no model in {path}: {error}") from error
+    refuse_unsupported(config)
+    heads = config.num_attention_heads
+    reason = grid.refusal(
+        layers=config.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        inner=getattr(config, "intermediate_size", None) or config.ffn_dim,
+    )
+    if reason is not None:
+        raise StartError(reason)
+
+
+def body_of(module: Any) -> Any:
+    """The decoder inside: embeddings, layers, final norm."""
+    return getattr(module.model, "decoder", module.model)
 
 
 def refuse_unsupported(config: Any) -> None:

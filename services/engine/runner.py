@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from services.engine.forward import Forward
 from services.engine.launch import Ints, Launch
@@ -42,24 +43,34 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> Ticket:
         """Prompt chunks first, then one-token chunks, the longest first; logits only where a token is drawn."""
-        draws: list[Draw | None] = [None] * len(plan.chunks)
         if not plan.chunks:
-            return Ticket(tuple(draws))
-        keys = [LONGEST - chunk.start if chunk.tokens == 1 else -chunk.start for chunk in plan.chunks]
-        order = sorted(range(len(keys)), key=keys.__getitem__)
+            return Ticket(())
+        order = self.order(plan)
         logits = self._forward(self.arrays([plan.chunks[i] for i in order]))
-        drawing = [i for i in order if plan.chunks[i].draws]
-        if drawing:
-            for i, one in zip(drawing, draw(logits, [self._row(plan.chunks[i]) for i in drawing]), strict=True):
-                draws[i] = one
+        draws = self.draws(plan, order, logits)
         self._drawn.append({c.sequence: one.id for c, one in zip(plan.chunks, draws, strict=True) if one is not None})
-        return Ticket(tuple(draws), _mark(logits.device))
+        return Ticket(draws, _mark(logits.device))
 
     def collect(self, ticket: Ticket) -> StepOutput:
         """Waits: the pages of a collected launch may be sent, and whoever sends them knows nothing of streams."""
         if ticket.done is not None:
             ticket.done.synchronize()
         return StepOutput(ticket.draws)
+
+    @staticmethod
+    def order(plan: Plan) -> list[int]:
+        """In which the plan's chunks are packed."""
+        keys = [LONGEST - chunk.start if chunk.tokens == 1 else -chunk.start for chunk in plan.chunks]
+        return sorted(range(len(keys)), key=keys.__getitem__)
+
+    def draws(self, plan: Plan, order: list[int], logits: Tensor) -> tuple[Draw | None, ...]:
+        """What the plan draws, by position in it, from logits in the order in which it was packed."""
+        draws: list[Draw | None] = [None] * len(plan.chunks)
+        drawing = [i for i in order if plan.chunks[i].draws]
+        if drawing:
+            for i, one in zip(drawing, draw(logits, [self._row(plan.chunks[i]) for i in drawing]), strict=True):
+                draws[i] = one
+        return tuple(draws)
 
     def arrays(self, chunks: list[Chunk]) -> Launch:
         """Chunks packed in this order: prompts must come first, and the longer of two one-token chunks."""

@@ -24,15 +24,21 @@ class Scheduler:
 
     With `reuse` (the fingerprint of what is computed) full pages can be found by their tokens, and a prompt whose beginning lies in the
     pool shares those pages instead of computing them, a handoff instead of having them sent.
+
+    With `stages` a launch takes as many turns as the model has stages, and its tokens are known only after the last: a running sequence is
+    in one launch at a time, and a launch takes its share of them, so that with `depth` as large every stage has one.
     """
 
-    def __init__(self, pool: PagePool, policy: PolicyName, limits: Limits, *, depth: int = 1, reuse: str | None = None) -> None:
+    def __init__(
+        self, pool: PagePool, policy: PolicyName, limits: Limits, *, depth: int = 1, stages: int = 1, reuse: str | None = None
+    ) -> None:
         if depth < 1:
             raise ValueError(f"{depth} launches in flight")
         self._pool = pool
         self._policy = POLICIES[policy]
         self._limits = limits
         self._depth = depth
+        self._stages = stages
         self._prefixes = None if reuse is None else Prefixes(pool, reuse)
         self._looked_up = 0
         self._reused = 0
@@ -217,8 +223,12 @@ class Scheduler:
         growing: list[Run] = []
         awaited = 0
         preempted = False
-        for run in self._roster.running.copy():
-            if run.stage is not Stage.RUNNING or run.sequence.planned >= run.most:
+        running = self._roster.running.copy()
+        share = -(-len(running) // self._stages)
+        for run in running:
+            if len(growing) == share:
+                break
+            if run.stage is not Stage.RUNNING or run.sequence.planned >= run.most or (self._stages > 1 and run.ahead):
                 continue
             while run.sequence.planned >= run.room:
                 page = self._pool.allocate(1)

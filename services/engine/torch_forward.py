@@ -8,7 +8,7 @@ from torch import Tensor
 
 from services.engine.attention import Batch, Segment, Step
 from services.engine.launch import Ints, Launch
-from services.engine.model import LoadedModel
+from services.engine.model import LoadedModel, body_of
 from services.engine.pool import Pool
 
 SMALL_PAGES = 8
@@ -19,22 +19,28 @@ class TorchForward:
     """One module over one pool."""
 
     def __init__(self, loaded: LoadedModel, pool: Pool) -> None:
-        self._module = loaded.module
+        self._body = body_of(loaded.module)
+        self._head = loaded.module.lm_head
         self._device = loaded.device
         self._pool = pool
 
     def __call__(self, launch: Launch) -> Tensor:
         """Logits of the launch's `keep` rows `[draws, vocabulary]`, in the model's type."""
+        return self.logits(self.hidden(launch)[self._tensor(launch.keep)])
+
+    def hidden(self, launch: Launch, given: Tensor | None = None) -> Tensor:
+        """What the last of its layers makes of every token, `[T, hidden]`; `given`: what the layers before them have made."""
         self._pool.clear(self._opened(launch))
-        keep = launch.keep if len(launch.keep) else np.zeros(1, dtype=np.int64)
-        logits: Tensor = self._module(
-            input_ids=self._tensor(launch.ids)[None],
-            position_ids=self._tensor(launch.positions)[None],
-            use_cache=False,
-            logits_to_keep=self._tensor(keep),
-            baton_step=self.step(launch),
-        ).logits[0]
-        return logits[: len(launch.keep)]
+        begin = {"input_ids": self._tensor(launch.ids)[None]} if given is None else {"inputs_embeds": given[None]}
+        found: Tensor = self._body(
+            **begin, position_ids=self._tensor(launch.positions)[None], use_cache=False, baton_step=self.step(launch)
+        ).last_hidden_state[0]
+        return found
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """`[n, hidden]` → `[n, vocabulary]`."""
+        found: Tensor = self._head(rows)
+        return found
 
     def step(self, launch: Launch) -> Step:
         """The launch as attention sees it."""

@@ -208,7 +208,7 @@ class Handoffs:
             return []
         handoff = going.handoff
         tokens = [(going.key.choice, going.first)]
-        handoff.word = Pushed(handoff.number, event.grant, tokens, [list(event.checksums)], now - going.first_at)
+        handoff.word = Pushed(handoff.number, event.grant, tokens, [list(sums) for sums in event.checksums], now - going.first_at)
         handoff.word_at = handoff.asked_at = now
         return [Send(handoff.peer, handoff.word)]
 

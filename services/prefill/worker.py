@@ -32,13 +32,13 @@ from services.prefill.core import Action, PrefillCore
 from services.prefill.handoffs import FinishPush, Flush, Handoffs, Push, ResetLink, Send
 from services.prefill.peers import Peers
 from services.prefill.routing import Holders
-from services.transfer.faults import parse
 from services.transfer.protocol import PushFailed, Sent, TransferEvent
-from services.transfer.ucx import UcxTransfer
 from services.worker.claims import Claims
 from services.worker.figures import transfer_figures
+from services.worker.orders import Heard
 from services.worker.room import Room
 from services.worker.runs import Runs
+from services.worker.transfers import Transfers
 from services.worker.worker import Worker
 
 log = get_logger(__name__)
@@ -58,15 +58,13 @@ class PrefillWorker(Worker[Action]):
             max_request_tokens=identity.max_request_pages * page_tokens,
             short_tokens=settings.short_tokens,
         )
-        self._transfer = UcxTransfer(
-            room.pool.bytes, room.shard, self._transferred, checksums=settings.checksums, fault=parse(settings.fault)
-        )
+        self._transfer = Transfers(room, settings, self._transferred)
         self._peers = Peers(
             self.incarnation,
             settings.fleet,
             identity.fingerprint,
             room.layout,
-            [room.shard],
+            list(room.shards),
             self._core.handoffs.pursued,
             self._answer,
             self.seal,
@@ -133,6 +131,9 @@ class PrefillWorker(Worker[Action]):
                 self._transfer.close_peer(peer)
                 self._peers.reset_link(peer)
 
+    def rank_heard(self, rank: int, word: Heard) -> None:
+        self._transfer.heard(rank, word)
+
     def own_figures(self) -> dict[str, float]:
         spared = self._core.handoffs.spared_pages
         return {**transfer_figures(self._transfer.counts), "spared_pages_total": spared, "decodes": self._decodes}
@@ -148,7 +149,7 @@ class PrefillWorker(Worker[Action]):
     # ---------------------------------------------------------------------------------------------------------- inside
 
     def _wanted_tokens(self) -> int:
-        return prefill_wants(self.snapshot, self.runs.unbegun, self.room.budget_tokens)
+        return prefill_wants(self.snapshot, self.runs.unbegun, self.room.budget_tokens, self.settings.pp)
 
     def _claimed(self, batch: list[Claimed]) -> None:
         now = time.monotonic()
@@ -163,10 +164,6 @@ class PrefillWorker(Worker[Action]):
             self.do(self._core.letter(letter.sender, body, time.monotonic()))
 
     def _transferred(self, event: TransferEvent) -> None:
-        """On the transfer's thread."""
-        self._loop.call_soon_threadsafe(self._on_transferred, event)
-
-    def _on_transferred(self, event: TransferEvent) -> None:
         now = time.monotonic()
         match event:
             case Sent():

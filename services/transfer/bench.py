@@ -20,12 +20,15 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from common.messages import Shard
+
 KIB, MIB = 1 << 10, 1 << 20
 PAGE_BYTES = 368_640
 """A page of SmolLM2-135M: 30 layers, keys and values, 3 heads, 16 tokens, 64 dimensions, bf16."""
 SIZES = tuple(4 * KIB << shift for shift in range(0, 17, 2))
 """4 KiB to 256 MiB."""
 MEMCPY_BYTES = 64 * MIB
+SHARD = Shard(0, (0, 30), (0, 3))
 ANSWER_S = 60.0
 SETTLE_S = 0.02
 """Between two transfers, so that each starts with both sides asleep, as in service."""
@@ -60,8 +63,8 @@ def receive(core: int, works: list[Work], device: str, wire: Connection) -> None
             for end in ends:
                 grant += 1
                 order = tuple(range(work.pages))
-                end.transfer.expect("sender", grant, order, order)
-                wire.send(end.next().rank)
+                end.transfer.expect("sender", grant, order, order, (SHARD,))
+                wire.send(end.next().ranks[0])
                 arrived = end.next()
                 wire.send((time.monotonic(), arrived.checksums))
                 wire.recv()
@@ -126,7 +129,7 @@ class _End:
     def __init__(self, work: Work, checksums: bool, device: str) -> None:
         import torch
 
-        from common.messages import Layout, Shard
+        from common.messages import Layout
         from services.engine.pool import Pool
         from services.transfer.ucx import UcxTransfer
 
@@ -135,7 +138,7 @@ class _End:
         layout = Layout(layers=1, kv_heads=1, page_tokens=1, head_dim=work.page_bytes // 4, dtype="bfloat16")
         self._pages = Pool(layout, work.pages, device).bytes
         self._pages.fill_(1)
-        self.transfer = UcxTransfer(self._pages, Shard(0, (0, 30), (0, 3)), self._events.put, checksums=checksums)
+        self.transfer = UcxTransfer(self._pages, SHARD, self._events.put, checksums=checksums)
 
     def fill(self) -> None:
         self._pages.random_()

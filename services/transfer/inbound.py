@@ -13,7 +13,8 @@ class _Grant:
     peer: Incarnation
     open: int
     """Receives not yet completed."""
-    sums: dict[int, int] = field(default_factory=dict)
+    sums: dict[tuple[int, int], int] = field(default_factory=dict)
+    """By sending rank and index."""
     whole: bool = True
     abandoned: bool = False
 
@@ -24,11 +25,11 @@ class Inbound:
     def __init__(self) -> None:
         self._grants: dict[int, _Grant] = {}
 
-    def expect(self, peer: Incarnation, grant: int, pages: int) -> list[TransferEvent]:
+    def expect(self, peer: Incarnation, grant: int, receives: int) -> list[TransferEvent]:
         """Raises ValueError for a grant already in transit: tags would be used twice."""
         if grant in self._grants:
             raise ValueError(f"grant {grant} is already in transit")
-        self._grants[grant] = _Grant(peer, pages)
+        self._grants[grant] = _Grant(peer, receives)
         return self._judge(grant)
 
     def wanted(self, grant: int) -> bool:
@@ -36,15 +37,15 @@ class Inbound:
         known = self._grants.get(grant)
         return known is not None and known.whole and not known.abandoned
 
-    def completed(self, grant: int, index: int, checksum: int | None, *, whole: bool) -> list[TransferEvent]:
-        """A receive ended: with a whole page, or cancelled, failed or flushed."""
+    def completed(self, grant: int, index: int, checksum: int | None, *, whole: bool, source: int = 0) -> list[TransferEvent]:
+        """A receive ended: with all that rank `source` of the peer has of a page, or cancelled, failed or flushed."""
         known = self._grants.get(grant)
         if known is None:
             return []
         known.open -= 1
         known.whole &= whole
         if checksum is not None:
-            known.sums[index] = checksum
+            known.sums[source, index] = checksum
         return self._judge(grant)
 
     def abandon(self, grant: int, *, told: bool) -> list[TransferEvent]:
@@ -78,4 +79,4 @@ class Inbound:
         del self._grants[grant]
         if known.abandoned:
             return [Landed(grant)]
-        return [Arrived(grant, tuple(known.sums[index] for index in sorted(known.sums)))]
+        return [Arrived(grant, (tuple(known.sums[pair] for pair in sorted(known.sums)),))]

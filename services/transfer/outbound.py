@@ -20,9 +20,10 @@ class Push:
     grant: int
     moved_at: float
     under_way: int = 0
-    sums: dict[int, int] = field(default_factory=dict)
-    held: set[int] = field(default_factory=set)
-    """Indices that an injected fault keeps back; they count as under way."""
+    sums: dict[tuple[int, int], int] = field(default_factory=dict)
+    """By receiving rank and index."""
+    held: set[tuple[int, int]] = field(default_factory=set)
+    """Receiving ranks and indices that an injected fault keeps back; they count as under way."""
     finished: bool = False
     over: bool = False
     """Sent, failed or withdrawn: nothing more is said about it."""
@@ -56,13 +57,18 @@ class Outbound:
             del self._pushes[(handoff, grant)]
         return self._judge(push)
 
-    def withdraw(self, handoff: int, grant: int) -> set[int]:
-        """Nothing more is said about it. Returns the indices held back, whose receives are open as well."""
-        push = self._pushes.pop((handoff, grant), None)
+    def withdraw(self, handoff: int, grant: int, rank: int) -> set[int]:
+        """Nothing more is said about it. Returns the indices held back from this receiving rank, whose receives are open as well. The push
+        is forgotten when nothing is held back from the others."""
+        push = self._pushes.get((handoff, grant))
         if push is None:
             return set()
         push.over = True
-        return push.held
+        held = {pair for pair in push.held if pair[0] == rank}
+        push.held -= held
+        if not push.held:
+            del self._pushes[(handoff, grant)]
+        return {index for _, index in held}
 
     def fail(self, push: Push, reason: str) -> list[TransferEvent]:
         if push.over:
@@ -99,4 +105,11 @@ class Outbound:
             return []
         push.over = True
         del self._pushes[(push.handoff, push.grant)]
-        return [Sent(push.handoff, push.grant, tuple(push.sums[index] for index in sorted(push.sums)))]
+        return [Sent(push.handoff, push.grant, _by_rank(push.sums))]
+
+
+def _by_rank(sums: dict[tuple[int, int], int]) -> tuple[tuple[int, ...], ...]:
+    """One tuple for each receiving rank up to the last one that was sent anything."""
+    ranks = 1 + max((rank for rank, _ in sums), default=-1)
+    ordered = sorted(sums)
+    return tuple(tuple(sums[pair] for pair in ordered if pair[0] == rank) for rank in range(ranks))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.messages import Shard
 from services.transfer.checksum import checksum
+from services.transfer.parts import common_part
 from services.transfer.protocol import keyed
 
 
@@ -24,6 +25,8 @@ class Places:
         self._shard = shard
         # On the engine's stream a checksum would wait for every step that is under way.
         self._stream = torch.cuda.Stream(pages.device) if pages.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._layers = shard.layers[1] - shard.layers[0]
+        self._heads = shard.kv_heads[1] - shard.kv_heads[0]
         self.page_bytes = pages.shape[1]
 
     @property
@@ -40,23 +43,61 @@ class Places:
             torch.cuda.set_device(self._device)
             torch.cuda.synchronize(self._device)
 
-    def row(self, page: int) -> Any:
-        """The page's memory itself."""
-        return self._rows[page]
+    def part(self, other: Shard) -> Shard | None:
+        """What this rank and a peer's hold in common of each page."""
+        return common_part(self._shard, other)
 
-    def checksum(self, page: int, index: int) -> int:
-        """Of what lies in `page` now, keyed as the sequence's page `index`."""
+    def size(self, part: Shard) -> int:
+        """Bytes of this part of a page."""
+        (first, last), (low, high) = part.layers, part.kv_heads
+        return self.page_bytes * (last - first) * (high - low) // (self._layers * self._heads)
+
+    def lies_whole(self, part: Shard) -> bool:
+        """Whether this part of a page is one run of bytes: all of this rank's heads. Others are gathered and scattered by a copy."""
+        return part.kv_heads == self._shard.kv_heads
+
+    def content(self, page: int, part: Shard) -> Any:
+        """This part of the page: its memory itself where it lies whole, otherwise a copy in the order layers, keys and values, heads."""
+        if self.lies_whole(part):
+            first = (part.layers[0] - self._shard.layers[0]) * (self.page_bytes // self._layers)
+            return self._rows[page][first : first + self.size(part)]
         with self._own_stream():
-            return checksum(self._rows[page], keyed(self._shard, index))
+            copy = self._strided(page, part).reshape(-1)
+            self._complete()
+        return copy
 
-    def spoiled(self, page: int) -> Any:
+    def fill(self, page: int, part: Shard, content: Any) -> None:
+        """A part that does not lie whole, from a copy as `content` makes it."""
+        with self._own_stream():
+            strided = self._strided(page, part)
+            strided[:] = content.reshape(strided.shape)
+            self._complete()
+
+    def checksum(self, page: int, index: int, part: Shard) -> int:
+        """Of this part of what lies in `page` now, keyed as the sequence's page `index`."""
+        content = self.content(page, part)
+        with self._own_stream():
+            return checksum(content, keyed(part, index))
+
+    def spoiled(self, page: int, part: Shard) -> Any:
         """A copy with one bit changed, for injected faults."""
         with self._own_stream():
-            copy = torch.as_tensor(self._rows[page]).clone()
+            copy = torch.as_tensor(self.content(page, part)).clone()
             copy[0] ^= 1
-        if self._stream is not None:
-            self._stream.synchronize()  # UCX does not know streams
+            self._complete()
         return copy.numpy() if self._device.type == "cpu" else copy
+
+    def _strided(self, page: int, part: Shard) -> Any:
+        layers, heads = (
+            slice(inner[0] - outer[0], inner[1] - outer[0])
+            for inner, outer in ((part.layers, self._shard.layers), (part.kv_heads, self._shard.kv_heads))
+        )
+        return self._rows[page].reshape(self._layers, 2, self._heads, -1)[layers, :, heads]
+
+    def _complete(self) -> None:
+        """UCX does not know the stream on which a copy is made."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def scratch(self, size: int) -> Any:
         """Memory of the same kind, for messages that nobody wants."""

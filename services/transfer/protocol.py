@@ -1,9 +1,9 @@
 """The contract of moving pages between two workers, whatever carries them (UCX, or the in-process twin).
 
 Only the receiver writes its pages. Prefill pushes page by page, while later chunks still compute; decode has posted a receive for every
-granted page. A tag names (grant, page, rank) and is never used twice. Everything here may be called from any thread and never blocks;
-results arrive as events through the callback given at construction, which is called on the transfer's own thread and must only pass
-them on.
+granted page, from each rank of the prefill that holds some of it. A tag names (grant, page, sending rank) and is never used twice.
+Everything here may be called from any thread and never blocks; results arrive as events through the callback given at construction,
+which is called on the transfer's own thread and must only pass them on.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from msgspec import Struct
+
 from common.messages import GrantedRank, Incarnation, Shard
 
 PAGE_BITS, RANK_BITS = 20, 8
 
 
 def tag(grant: int, page: int, rank: int) -> int:
-    """The 64-bit UCX tag of one page: grant (36 bits), index of the page in the sequence (20), receiving rank (8)."""
+    """The 64-bit UCX tag of one page: grant (36 bits), index of the page in the sequence (20), sending rank (8). The receiving rank
+    needs none: each has an address of its own."""
     if not (0 <= grant < 1 << 36 and 0 <= page < 1 << PAGE_BITS and 0 <= rank < 1 << RANK_BITS):
         raise ValueError(f"no tag for grant {grant}, page {page}, rank {rank}")
     return (grant << (PAGE_BITS + RANK_BITS)) | (page << RANK_BITS) | rank
@@ -26,17 +29,16 @@ def tag(grant: int, page: int, rank: int) -> int:
 # -------------------------------------------------------------------------------------------------------------- events
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """Every page of the handoff given to `push` so far, and `finish_push` after it, has left; `checksums[page]` in page order."""
+class Sent(Struct, frozen=True, tag=True):
+    """Every page of the handoff given to `push` so far, and `finish_push` after it, has left. `checksums[rank]` of what went to that rank
+    of the receiver, by sending rank, then in page order; empty when off."""
 
     handoff: int
     grant: int
-    checksums: tuple[int, ...]
+    checksums: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class PushFailed:
+class PushFailed(Struct, frozen=True, tag=True):
     """The pages of this handoff could not be sent: the peer is gone or an injected fault says so."""
 
     handoff: int
@@ -44,24 +46,21 @@ class PushFailed:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Posted:
-    """Receives of the grant are posted; `rank` says where the sender has to push."""
+class Posted(Struct, frozen=True, tag=True):
+    """Receives of the grant are posted; `ranks` says where the sender has to push."""
 
     grant: int
-    rank: GrantedRank
+    ranks: tuple[GrantedRank, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """Every receive of the grant has completed with a whole page; `checksums` of what lies there (empty when off)."""
+class Arrived(Struct, frozen=True, tag=True):
+    """Every receive of the grant has completed with a whole page; `checksums` of what lies there, as in `Sent`."""
 
     grant: int
-    checksums: tuple[int, ...]
+    checksums: tuple[tuple[int, ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Landed:
+class Landed(Struct, frozen=True, tag=True):
     """Nothing can write into this abandoned grant's pages any more: they may be granted again."""
 
     grant: int
@@ -93,8 +92,9 @@ class Transfer(Protocol):
 
     # -- decode's side
 
-    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
-        """Post receives: page `pages[i]` takes the sequence's page `indices[i]`. `Posted` says where this rank wants them sent. Ends in
+    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
+        """Post receives: page `pages[i]` takes the sequence's page `indices[i]`, from each of the peer's ranks (`sources`) what both hold
+        of it. `Posted` says where this rank wants them sent. Ends in
         `Arrived`, or, after `abandon` or `close_peer`, in `Landed`."""
 
     def abandon(self, grant: int, *, told: bool) -> None:
@@ -104,8 +104,8 @@ class Transfer(Protocol):
     # -- prefill's side
 
     def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
-        """Send pages that are final. May be called several times for a grant while later chunks compute; pages must stay unchanged until
-        the handoff is over."""
+        """Send what this rank and that one hold of pages that are final. May be called several times for a grant while later chunks
+        compute; pages must stay unchanged until the handoff is over."""
 
     def finish_push(self, handoff: int, grant: int) -> None:
         """No more pages for this grant: `Sent` follows when all have left, or `PushFailed`."""

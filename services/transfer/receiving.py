@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.logs import get_logger
-from common.messages import GrantedRank
+from common.messages import GrantedRank, Shard
 from services.transfer import environment
 from services.transfer.inbound import Inbound
 from services.transfer.places import Places
@@ -35,6 +35,18 @@ class Received:
     pages: int = 0
     bytes: int = 0
     failures: int = 0
+
+
+@dataclass(slots=True)
+class _Receive:
+    """What one rank of the peer has of a page, on its way; through `scratch` where it does not lie whole in ours."""
+
+    index: int
+    page: int
+    source: int
+    part: Shard
+    scratch: Any
+    request: Any
 
 
 class Receiver:
@@ -60,15 +72,21 @@ class Receiver:
         self._door = ucx.UCXEndpoint.create_from_worker_address(worker, address, endpoint_error_handling=False)
         self._closed: Any = None
         self._discarded: Any = None
-        self._posted: dict[int, deque[tuple[int, int, Any]]] = {}
+        self._posted: dict[int, deque[_Receive]] = {}
         self.rank = GrantedRank(places.shard, bytes(memoryview(address)))
 
-    def expect(self, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
-        """Post a receive for every page. The requests hold their arrays."""
+    def expect(self, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> int:
+        """Post a receive for every page and every source that has some of it; returns how many. The requests hold their arrays."""
         posted = self._posted[grant] = deque()
+        parts = [(source.rank, part) for source in sources if (part := self._places.part(source)) is not None]
         for page, index in zip(pages, indices, strict=True):
-            number = ucx.UCXXTag(tag(grant, index, self._places.rank))
-            posted.append((index, page, self._door.tag_recv(Array(self._places.row(page)), number)))
+            for source, part in parts:
+                number = ucx.UCXXTag(tag(grant, index, source))
+                whole = self._places.lies_whole(part)
+                scratch = None if whole else self._places.scratch(self._places.size(part))
+                memory = self._places.content(page, part) if whole else scratch
+                posted.append(_Receive(index, page, source, part, scratch, self._door.tag_recv(Array(memory), number)))
+        return len(posted)
 
     def forget(self, grant: int) -> None:
         """Nobody was told of the grant: its receives go (a dropped request is cancelled)."""
@@ -80,9 +98,9 @@ class Receiver:
         if self._closed is not None:
             self.worker.progress()  # more than a step: cancels what closing the door has only scheduled
         for grant, posted in tuple(self._posted.items()):
-            while posted and posted[0][2].completed:
+            while posted and posted[0].request.completed:
                 moved = True
-                self._page(grant, *posted.popleft())
+                self._page(grant, posted.popleft())
             if not posted:
                 del self._posted[grant]
         return bool(moved)
@@ -107,16 +125,18 @@ class Receiver:
         self._discarded = self.worker.tag_recv_with_handle(Array(self._places.scratch(probe.length)), probe)
         return False
 
-    def _page(self, grant: int, index: int, page: int, request: Any) -> None:
-        status = request.status
+    def _page(self, grant: int, receive: _Receive) -> None:
+        status = receive.request.status
         whole = status == 0
         checksum = None
         if self._book.wanted(grant):
             if whole:
                 self._received.pages += 1
-                self._received.bytes += self._places.page_bytes
-                checksum = self._places.checksum(page, index) if self._checksums else None
+                self._received.bytes += self._places.size(receive.part)
+                if receive.scratch is not None:
+                    self._places.fill(receive.page, receive.part, receive.scratch)
+                checksum = self._places.checksum(receive.page, receive.index, receive.part) if self._checksums else None
             else:
                 self._received.failures += 1
-                log.warning("a page did not arrive", grant=grant, page=index, status=status)
-        self._emit(self._book.completed(grant, index, checksum, whole=whole))
+                log.warning("a page did not arrive", grant=grant, page=receive.index, status=status)
+        self._emit(self._book.completed(grant, receive.index, checksum, whole=whole, source=receive.source))

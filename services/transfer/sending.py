@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from common.logs import get_logger
-from common.messages import GrantedRank, Incarnation
+from common.messages import GrantedRank, Incarnation, Shard
 from services.transfer import environment
 from services.transfer.faults import Fault
 from services.transfer.outbound import Outbound, Push
@@ -41,6 +41,19 @@ class _Message:
     page: int
     index: int
     tag: int
+    to: int
+    """The receiving rank."""
+    part: Shard | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A message under way. The receiver reads from `content`, of which UCX keeps no reference: a gathered copy lives by this one."""
+
+    push: Push | None
+    request: Any
+    content: Array
+    size: int
 
 
 @dataclass(eq=False)
@@ -50,7 +63,7 @@ class _Channel:
     peer: Incarnation
     endpoint: ucx.UCXEndpoint
     waiting: deque[_Message] = field(default_factory=deque)
-    sent: deque[tuple[Push | None, Any]] = field(default_factory=deque)
+    sent: deque[_Sent] = field(default_factory=deque)
     pushes: set[Push] = field(default_factory=set)
     broken: str = ""
     closing: Any = None
@@ -84,7 +97,7 @@ class Sender:
         self._closing: list[_Channel] = []
         self._nothing = Array(np.zeros(1, dtype=np.uint8))
         self._numbered = 0
-        self.sent_pages = 0
+        self.sent_pages = self.sent_bytes = 0
         self.transport = ""
 
     # ------------------------------------------------------------------------------------------------------- commands
@@ -92,13 +105,14 @@ class Sender:
     def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
         push = self._book.push(peer, handoff, grant, time.monotonic())
         channel = None if push.over else self._channel(peer, to)
-        if channel is None:
+        part = self._places.part(to.shard)
+        if channel is None or part is None:
             self._emit(self._book.fail(push, "no way to the peer"))
             return
         channel.pushes.add(push)
         push.under_way += len(pages)
         for page, index in zip(pages, indices, strict=True):
-            channel.waiting.append(_Message(push, page, index, tag(grant, index, to.shard.rank)))
+            channel.waiting.append(_Message(push, page, index, tag(grant, index, self._places.rank), to.shard.rank, part))
 
     def finish(self, handoff: int, grant: int) -> None:
         self._emit(self._book.finish(handoff, grant, time.monotonic()))
@@ -106,12 +120,12 @@ class Sender:
     def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
         """One byte for each receive that would otherwise wait for ever: never pushed, not posted yet, or held back by a fault."""
         channel = self._channel(peer, to)
-        held = self._book.withdraw(handoff, grant)
+        held = self._book.withdraw(handoff, grant, to.shard.rank)
         if channel is None:
             return
         unsent = {waits.index for waits in channel.waiting if waits.push and (waits.push.handoff, waits.push.grant) == (handoff, grant)}
         for index in sorted({*indices, *held, *unsent}):
-            channel.waiting.append(_Message(None, -1, index, tag(grant, index, to.shard.rank)))
+            channel.waiting.append(_Message(None, -1, index, tag(grant, index, self._places.rank), to.shard.rank, None))
 
     def close_peer(self, peer: Incarnation) -> None:
         for key in [key for key in self._channels if key[0] == peer]:
@@ -167,50 +181,52 @@ class Sender:
         if self._closing:
             self.worker.progress()  # more than a step: cancels what closing has only scheduled
         for channel in self._closing:
-            while channel.sent and channel.sent[0][1].completed:
+            while channel.sent and channel.sent[0].request.completed:
                 channel.sent.popleft()
         self._closing = [channel for channel in self._closing if channel.open]
 
     def _send(self, channel: _Channel, message: _Message) -> None:
-        push = message.push
-        if push is None:
-            self._post(channel, None, self._nothing, message.tag)
+        push, part = message.push, message.part
+        if push is None or part is None:
+            self._post(channel, None, self._nothing, message.tag, 0)
             return
         if push.over:
             return
+        place = message.to, message.index
         if self._checksums:
-            push.sums[message.index] = self._places.checksum(message.page, message.index)
+            push.sums[place] = self._places.checksum(message.page, message.index, part)
         self._numbered += 1
         struck = self._fault.strikes(self._numbered)
         if struck == "fail":
             self._emit(self._book.fail(push, "an injected fault"))
         elif struck == "stall":
-            push.held.add(message.index)
+            push.held.add(place)
         else:
-            content = self._places.spoiled(message.page) if struck == "corrupt" else self._places.row(message.page)
-            self._post(channel, push, Array(content), message.tag)
+            content = self._places.spoiled(message.page, part) if struck == "corrupt" else self._places.content(message.page, part)
+            self._post(channel, push, Array(content), message.tag, self._places.size(part))
 
-    def _post(self, channel: _Channel, push: Push | None, content: Array, number: int) -> None:
+    def _post(self, channel: _Channel, push: Push | None, content: Array, number: int, size: int) -> None:
         try:
             request = channel.endpoint.tag_send(content, ucx.UCXXTag(number))
         except Exception as error:  # UCXX raises bare RuntimeErrors besides its own
             self._break(channel, f"{type(error).__name__}: {error}")
             return
-        channel.sent.append((push, request))
+        channel.sent.append(_Sent(push, request, content, size))
 
     def _collect(self, channel: _Channel) -> bool:
         moved = False
-        while channel.sent and channel.sent[0][1].completed:
-            push, request = channel.sent.popleft()
+        while channel.sent and channel.sent[0].request.completed:
+            sent = channel.sent.popleft()
             moved = True
-            if request.status != 0:
-                self._break(channel, f"a page could not be sent (UCX status {request.status})")
-            elif push is not None:
+            if sent.request.status != 0:
+                self._break(channel, f"a page could not be sent (UCX status {sent.request.status})")
+            elif sent.push is not None:
                 self.sent_pages += 1
+                self.sent_bytes += sent.size
                 self._say_transport(channel)
-                self._emit(self._book.left(push, time.monotonic()))
-                if push.over:
-                    channel.pushes.discard(push)
+                self._emit(self._book.left(sent.push, time.monotonic()))
+                if sent.push.over:
+                    channel.pushes.discard(sent.push)
         return moved
 
     # ------------------------------------------------------------------------------------------------------- channels

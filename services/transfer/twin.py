@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -30,6 +31,17 @@ class Switchboard:
 
     doors: dict[bytes, TwinTransfer] = field(default_factory=dict)
     numbers: count[int] = field(default_factory=count)
+
+
+@dataclass(frozen=True, slots=True)
+class _Receive:
+    """What one rank of the peer (`source`) has of a page, awaited."""
+
+    grant: int
+    index: int
+    page: int
+    source: int
+    part: Shard
 
 
 class TwinTransfer:
@@ -55,9 +67,9 @@ class TwinTransfer:
         self._fault = fault
         self._inbound, self._outbound = Inbound(), Outbound(push_s)
         self._doors: dict[Incarnation, bytes] = {}
-        self._posted: dict[bytes, dict[int, tuple[int, int, int]]] = {}
-        """By door and tag: (grant, index, page)."""
-        self._numbered = self._sent = self._received = 0
+        self._posted: dict[bytes, dict[int, _Receive]] = {}
+        """By door and tag."""
+        self._numbered = self._sent = self._sent_bytes = self._received = self._received_bytes = 0
         self._commands: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -68,11 +80,10 @@ class TwinTransfer:
 
     @property
     def counts(self) -> TransferCounts:
-        size = self._places.page_bytes
-        return TransferCounts(self._sent, self._sent * size, self._received, self._received * size, self._outbound.failures)
+        return TransferCounts(self._sent, self._sent_bytes, self._received, self._received_bytes, self._outbound.failures)
 
-    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
-        self._command(self._expect, peer, grant, pages, indices)
+    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
+        self._command(self._expect, peer, grant, pages, indices, sources)
 
     def abandon(self, grant: int, *, told: bool) -> None:
         self._command(self._abandon, grant, told)
@@ -121,20 +132,23 @@ class TwinTransfer:
 
     # ------------------------------------------------------------------------------------------------------- receiving
 
-    def _expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+    def _expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
         address = self._doors.get(peer)
         if address is None:
             address = self._doors[peer] = b"twin-%d" % next(self._board.numbers)
             self._board.doors[address] = self
             self._posted[address] = {}
+        parts = [(source.rank, part) for source in sources if (part := self._places.part(source)) is not None]
         for page, index in zip(pages, indices, strict=True):
-            self._posted[address][tag(grant, index, self._places.rank)] = (grant, index, page)
-        self._emit([Posted(grant, GrantedRank(self._places.shard, address)), *self._inbound.expect(peer, grant, len(pages))])
+            for source, part in parts:
+                self._posted[address][tag(grant, index, source)] = _Receive(grant, index, page, source, part)
+        receives = len(pages) * len(parts)
+        self._emit([Posted(grant, (GrantedRank(self._places.shard, address),)), *self._inbound.expect(peer, grant, receives)])
 
     def _abandon(self, grant: int, told: bool) -> None:
         if not told:
             for posted in self._posted.values():
-                for number in [number for number, place in posted.items() if place[0] == grant]:
+                for number in [number for number, place in posted.items() if place.grant == grant]:
                     del posted[number]
         self._emit(self._inbound.abandon(grant, told=told))
 
@@ -142,14 +156,17 @@ class TwinTransfer:
         """A page announced by its sender; None is an empty message. Closed doors and unknown tags discard it."""
         place = self._posted.get(address, {}).pop(number, None)
         if place is not None:
-            grant, index, page = place
-            wanted, checksum = self._inbound.wanted(grant), None
+            wanted, checksum = self._inbound.wanted(place.grant), None
             if content is not None:
-                self._places.row(page)[:] = content
+                if self._places.lies_whole(place.part):
+                    self._places.content(place.page, place.part)[:] = content
+                elif wanted:
+                    self._places.fill(place.page, place.part, content)
                 if wanted:
                     self._received += 1
-                    checksum = self._places.checksum(page, index) if self._checksums else None
-            self._emit(self._inbound.completed(grant, index, checksum, whole=content is not None))
+                    self._received_bytes += self._places.size(place.part)
+                    checksum = self._places.checksum(place.page, place.index, place.part) if self._checksums else None
+            self._emit(self._inbound.completed(place.grant, place.index, checksum, whole=content is not None, source=place.source))
         left()
 
     # --------------------------------------------------------------------------------------------------------- sending
@@ -157,39 +174,42 @@ class TwinTransfer:
     def _push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
         push = self._outbound.push(peer, handoff, grant, time.monotonic())
         other = self._board.doors.get(to.address)
-        if other is None:
+        part = self._places.part(to.shard)
+        if other is None or part is None:
             self._emit(self._outbound.fail(push, "no way to the peer"))
         for page, index in zip(pages, indices, strict=True):
-            if push.over or other is None:
+            if push.over or other is None or part is None:
                 return
+            place = to.shard.rank, index
             push.under_way += 1
             if self._checksums:
-                push.sums[index] = self._places.checksum(page, index)
+                push.sums[place] = self._places.checksum(page, index, part)
             self._numbered += 1
             struck = self._fault.strikes(self._numbered)
             if struck == "fail":
                 self._emit(self._outbound.fail(push, "an injected fault"))
             elif struck == "stall":
-                push.held.add(index)
+                push.held.add(place)
             else:
-                content = self._places.spoiled(page) if struck == "corrupt" else self._places.row(page)
-                number = tag(grant, index, to.shard.rank)
-                other._command(other._deliver, to.address, number, content, lambda: self._command(self._left, push))
+                content = self._places.spoiled(page, part) if struck == "corrupt" else self._places.content(page, part)
+                number, size = tag(grant, index, self._places.rank), self._places.size(part)
+                other._command(other._deliver, to.address, number, content, partial(self._command, self._left, push, size))
 
-    def _left(self, push: Push) -> None:
+    def _left(self, push: Push, size: int) -> None:
         self._sent += 1
+        self._sent_bytes += size
         self._emit(self._outbound.left(push, time.monotonic()))
 
     def _finish(self, handoff: int, grant: int) -> None:
         self._emit(self._outbound.finish(handoff, grant, time.monotonic()))
 
     def _flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
-        held = self._outbound.withdraw(handoff, grant)
+        held = self._outbound.withdraw(handoff, grant, to.shard.rank)
         other = self._board.doors.get(to.address)
         if other is None:
             return
         for index in {*indices, *held}:
-            other._command(other._deliver, to.address, tag(grant, index, to.shard.rank), None, lambda: None)
+            other._command(other._deliver, to.address, tag(grant, index, self._places.rank), None, lambda: None)
 
     # --------------------------------------------------------------------------------------------------------- closing
 
@@ -200,6 +220,6 @@ class TwinTransfer:
             self._board.doors.pop(address, None)
             cancelled = self._posted.pop(address)
             events = self._inbound.close(peer)
-            for grant, index, _ in cancelled.values():
-                events += self._inbound.completed(grant, index, None, whole=False)
+            for place in cancelled.values():
+                events += self._inbound.completed(place.grant, place.index, None, whole=False)
             self._emit(events)

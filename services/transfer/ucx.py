@@ -97,17 +97,17 @@ class UcxTransfer:
 
     @property
     def counts(self) -> TransferCounts:
-        received, sent = self._received, self._sender.sent_pages
+        received, sender = self._received, self._sender
         failures = received.failures + self._outbound.failures
-        return TransferCounts(sent, sent * self._places.page_bytes, received.pages, received.bytes, failures)
+        return TransferCounts(sender.sent_pages, sender.sent_bytes, received.pages, received.bytes, failures)
 
     @property
     def transport(self) -> str:
         """Known to a sender once its first page has left."""
         return self._sender.transport
 
-    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
-        self._command(self._expect, peer, grant, pages, indices)
+    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
+        self._command(self._expect, peer, grant, pages, indices, sources)
 
     def abandon(self, grant: int, *, told: bool) -> None:
         self._command(self._abandon, grant, told)
@@ -206,15 +206,15 @@ class UcxTransfer:
 
     # ------------------------------------------------------------------------------------------------------- receiving
 
-    def _expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+    def _expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
         receiver = self._receivers.get(peer)
         if receiver is None:
             receiver = Receiver(
                 self._new_worker(), self._places, self._inbound, self._emit, self._received, checksums=self._checksums
             )  # fmt: skip
             self._receivers[peer] = receiver
-        receiver.expect(grant, pages, indices)
-        self._emit([Posted(grant, receiver.rank), *self._inbound.expect(peer, grant, len(pages))])
+        receives = receiver.expect(grant, pages, indices, sources)
+        self._emit([Posted(grant, (receiver.rank,)), *self._inbound.expect(peer, grant, receives)])
 
     def _abandon(self, grant: int, told: bool) -> None:
         if not told:

@@ -177,34 +177,45 @@ async def keep(lease: Lease, lost: Callable[[BaseException], None]) -> None:
 
 @contextlib.asynccontextmanager
 async def leased(settings: WorkerSettings, redis: Redis, service: Service) -> AsyncIterator[None]:
-    """Around all of a worker's life, from before CUDA is first touched: torch sees the one card that is this worker's."""
+    """Around all of a worker's life, from before CUDA is first touched: torch sees the cards that are this worker's, one for each rank."""
     if settings.device != "cuda":
         yield
         return
     choice = choose(settings.gpu, await asyncio.to_thread(list_gpus) if settings.gpu != "none" else [], os.environ.get(VISIBLE))
+    ranks = settings.tp * settings.pp
     if choice.kind == "none":
         yield
     elif choice.kind == "fixed":
-        _show(choice.gpus[0])
+        if ranks > 1:
+            raise SettingError(f"gpu is {settings.gpu!r}, one card, but the worker has {ranks} ranks; it must be auto or none")
+        _show(choice.gpus)
         yield
     else:
-        lease = await claim(redis, host_id(), choice.gpus, service.incarnation)
-        _show(lease.gpu)
-        keeping = asyncio.create_task(keep(lease, service.fail), name="gpu lease")
-        try:
+        async with contextlib.AsyncExitStack() as held:
+            _show([await held.enter_async_context(_held(redis, choice.gpus, service)) for _ in range(ranks)])
             yield
-        finally:
-            if not keeping.done():
-                await end(keeping)
-            try:
-                await lease.release()
-            except QueueError as error:
-                log.warning("the lease of the GPU was not given back: it lapses", reason=error)
 
 
-def _show(gpu: Gpu) -> None:
-    os.environ[VISIBLE] = gpu.uuid
-    log.info("computing on a GPU", index=gpu.index, uuid=gpu.uuid)
+@contextlib.asynccontextmanager
+async def _held(redis: Redis, gpus: Sequence[Gpu], service: Service) -> AsyncIterator[Gpu]:
+    """One free card of these, kept until the end."""
+    lease = await claim(redis, host_id(), gpus, service.incarnation)
+    keeping = asyncio.create_task(keep(lease, service.fail), name="gpu lease")
+    try:
+        yield lease.gpu
+    finally:
+        if not keeping.done():
+            await end(keeping)
+        try:
+            await lease.release()
+        except QueueError as error:
+            log.warning("the lease of the GPU was not given back: it lapses", reason=error)
+
+
+def _show(gpus: Sequence[Gpu]) -> None:
+    os.environ[VISIBLE] = ",".join(gpu.uuid for gpu in gpus)
+    for gpu in gpus:
+        log.info("computing on a GPU", index=gpu.index, uuid=gpu.uuid)
 
 
 def list_gpus() -> list[Gpu]:

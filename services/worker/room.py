@@ -17,26 +17,36 @@ from common.logs import get_logger
 from common.messages import Identity, Layout, Role, Shard
 from common.settings import WorkerSettings, cores
 from services.engine.calibrate import measure
-from services.engine.forward import Forward, place
-from services.engine.model import LoadedModel, load
+from services.engine.forward import place
+from services.engine.grid import Grid
+from services.engine.mesh import Mesh
+from services.engine.model import load, refuse_grid
 from services.engine.pages import PagePool
+from services.engine.pipeline import PipelinedRunner
 from services.engine.policies import Limits
 from services.engine.pool import RESERVE_BYTES, Pool, fit_pages, free_bytes
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler
+from services.engine.stage import Leader
 from services.worker.memory import leave, notes, turn, untouched_bytes
+from services.worker.rank import part, stage_of
+from services.worker.ranks import Ranks, share_cores
 
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class Room:
-    """One rank's means. Scheduler and runner belong to the engine's thread once it has started."""
+    """A worker's means, and its other ranks. Scheduler and runner belong to the engine's thread once it has started."""
 
     layout: Layout
-    shard: Shard
+    """Of the whole model's pages."""
+    shards: tuple[Shard, ...]
+    """What each rank holds."""
+    ranks: Ranks
     pool: Pool
-    runner: Runner
+    """Rank 0's; page ids are the same on all."""
+    runner: Runner | PipelinedRunner
     scheduler: Scheduler
     limits: Limits
     budget_tokens: int
@@ -62,35 +72,54 @@ class Memory:
     note: IO[str]
 
 
-def pin(settings: WorkerSettings) -> None:
-    """Keep this process, and torch's threads, on its own cores."""
+def pin(settings: WorkerSettings) -> list[list[int]]:
+    """Keep this process, and torch's threads, on its own cores; returns those of each rank."""
     wanted = cores(settings.cores) if settings.cores else sorted(os.sched_getaffinity(0))
+    shares = share_cores(wanted, settings.tp * settings.pp)
     try:
         os.sched_setaffinity(0, wanted)
+        os.sched_setaffinity(0, shares[0])
     except OSError as error:
         raise StartError(f"cores is {settings.cores!r}: {error.strerror}") from error
-    torch.set_num_threads(len(wanted))
+    torch.set_num_threads(len(shares[0]))
+    return shares
 
 
-def build(settings: WorkerSettings, role: Role) -> Room:
-    """Load, allocate, measure. Raises StartError saying what does not fit."""
+def build(settings: WorkerSettings, shares: list[list[int]], role: Role) -> Room:
+    """Start the other ranks, load, allocate, measure. `shares`: cores of each rank. Raises StartError saying what does not fit."""
     where = model_files.folder(settings.model)
-    facts, over = _weights(where, settings)
-    layout = facts.layout
+    grid = Grid(settings.tp, settings.pp)
+    if grid.ranks > 1:
+        refuse_grid(where, grid)
+        if settings.kernels == "native":
+            raise StartError(f"kernels is native, but the worker has {grid.ranks} ranks")
+        log.info("kernels: torch", because=f"the worker has {grid.ranks} ranks")
+    ranks = Ranks(settings, grid, where, shares, role)
+    try:
+        return _build(settings, where, ranks, role)
+    except BaseException:
+        ranks.abort()
+        raise
+
+
+def _build(settings: WorkerSettings, where: Path, ranks: Ranks, role: Role) -> Room:
+    facts, runner_over = _weights(where, settings, ranks)
+    layout, grid = facts.layout, ranks.grid
     most_tokens = min(settings.max_request_tokens or facts.context_tokens, facts.context_tokens)
     needed = layout.pages(most_tokens)
-    pool, memory = allocate(layout, facts.device, settings, needed)
+    pool, memory = allocate(facts, settings, needed, ranks)
     pages = pool.pages
     if pages < needed:
         raise StartError(f"{pages} pages, but a request of {most_tokens} tokens needs {needed}: raise pages or lower max_request_tokens")
-    runner = Runner(over(pool), layout.page_tokens)
+    runner = runner_over(pool)
     budgets = measure(runner, layout.page_tokens, min(pages * layout.page_tokens, facts.context_tokens), settings.chunk_s)
     limits = Limits(settings.budget_tokens or budgets.budget_tokens, budgets.chunk_tokens, settings.max_batch, settings.growth_pages)
     identity = _identity(where, settings, layout, facts.context_tokens, needed)
     log.info("engine built", pages=pages, page_bytes=layout.page_bytes, dtype=layout.dtype, rate=round(budgets.rate), **_words(limits))
     return Room(
         layout=layout,
-        shard=facts.shard,
+        shards=grid.shards(layout),
+        ranks=ranks,
         pool=pool,
         runner=runner,
         scheduler=_scheduler(settings, role, pages, limits, identity),
@@ -111,7 +140,8 @@ def cleared(room: Room, settings: WorkerSettings, role: Role) -> Room:
 def _scheduler(settings: WorkerSettings, role: Role, pages: int, limits: Limits, identity: Identity) -> Scheduler:
     book = PagePool(pages, identity.page_tokens, keep_cached=settings.prefix_reuse)
     policy = "decode_first" if role == "prefill" else settings.policy
-    return Scheduler(book, policy, limits, reuse=identity.fingerprint if settings.prefix_reuse else None)
+    reuse = identity.fingerprint if settings.prefix_reuse else None
+    return Scheduler(book, policy, limits, depth=settings.pp, stages=settings.pp, reuse=reuse)
 
 
 @dataclass(frozen=True)
@@ -119,30 +149,57 @@ class Facts:
     """Of a model whose module may be gone."""
 
     layout: Layout
-    shard: Shard
+    """Of the whole model's pages."""
+    own: Layout
+    """Of rank 0's."""
     context_tokens: int
     device: torch.device
+    mesh: Mesh
 
 
-def _weights(where: Path, settings: WorkerSettings) -> tuple[Facts, Callable[[Pool], Forward]]:
+def _weights(where: Path, settings: WorkerSettings, ranks: Ranks) -> tuple[Facts, Callable[[Pool], Runner | PipelinedRunner]]:
     """The weights in place, and nothing else of the model: what the loaded module leaves behind counts as free from here on."""
-    loaded: LoadedModel = load(where, settings.device, settings.dtype, settings.page_tokens)
-    facts = Facts(loaded.layout, loaded.shard, loaded.context_tokens, loaded.device)
-    return facts, place(loaded, settings.kernels, settings.kernels_folder, settings.max_batch)
+    mesh = Mesh(ranks.grid, 0)
+    if ranks.grid.ranks == 1:
+        loaded = load(where, settings.device, settings.dtype, settings.page_tokens)
+        facts = Facts(loaded.layout, loaded.layout, loaded.context_tokens, loaded.device, mesh)
+        over = place(loaded, settings.kernels, settings.kernels_folder, settings.max_batch)
+        return facts, lambda pool: Runner(over(pool), facts.layout.page_tokens)
+    whole, loaded = part(where, settings.device, settings.dtype, settings.page_tokens, mesh)
+    facts = Facts(whole, loaded.layout, loaded.context_tokens, loaded.device, mesh)
+
+    def runner(pool: Pool) -> Runner | PipelinedRunner:
+        leader = Leader(stage_of(loaded, pool, mesh), ranks.launch, ranks.lost)
+        return (PipelinedRunner if ranks.grid.pp > 1 else Runner)(leader, whole.page_tokens)
+
+    return facts, runner
 
 
-def allocate(layout: Layout, device: torch.device, settings: WorkerSettings, needed: int) -> tuple[Pool, Memory]:
-    """A pool of `memory_fraction` of the memory that is free after the reserve and after what other workers' pools will take, or of
-    `pages`. Raises StartError if not even `needed` pages fit."""
+def allocate(facts: Facts, settings: WorkerSettings, needed: int, ranks: Ranks) -> tuple[Pool, Memory]:
+    """Pools on all ranks, of `memory_fraction` of the memory that is free after the reserve and after what other workers' pools will take,
+    or of `pages`; the ranks meet. Raises StartError if not even `needed` pages fit."""
     gc.collect()
-    folder = notes()
+    folder, layout, device = notes(), facts.layout, facts.device
+    others = ranks.loaded()
     with turn(folder):
         free = free_bytes(device)
         promised = untouched_bytes(folder) if device.type == "cpu" else 0
-        pages = settings.pages or fit_pages(layout, free - promised, settings.memory_fraction, needed)
-        pool = Pool(layout, pages, device)
-        size = pages * layout.page_bytes
+        if settings.pages:
+            pages = settings.pages
+        elif device.type == "cpu":
+            pages = fit_pages(layout, free - promised, settings.memory_fraction, needed)
+        else:
+            shares = [layout.share(shard) for shard in ranks.grid.shards(layout)]
+            pages = min(
+                fit_pages(share, left, settings.memory_fraction, needed) for share, left in zip(shares, [free, *others], strict=True)
+            )
+        ranks.take(pages)
+        pool = Pool(facts.own, pages, device)
+        size = pages * facts.own.page_bytes
         memory = Memory(free, promised, RESERVE_BYTES, size, leave(folder, size if device.type == "cpu" else 0))
+        if ranks.grid.ranks > 1:
+            facts.mesh.join(ranks.store, device)
+            ranks.ready()
     log.info(
         "pool sized",
         free_mib=free >> 20,

@@ -48,11 +48,11 @@ def start(kind: Kind) -> int:
     """Build the engine, join the fleet, serve until told to stop, in other roles if told so. Returns the exit status."""
 
     async def main(settings: WorkerSettings, service: Service) -> None:
-        pin(settings)
+        shares = pin(settings)
         redis = connect(settings.redis_url, settings.redis_ca_file)
         try:
             async with leased(settings, redis, service):
-                room = await asyncio.to_thread(build, settings, kind.role)
+                room = await asyncio.to_thread(build, settings, shares, kind.role)
                 identity = await Fleet(redis, settings.fleet).join(room.identity)
                 await kind(room, settings, service, redis, identity).run()
                 while service.becoming is not None:

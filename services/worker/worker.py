@@ -30,6 +30,7 @@ from services.engine.plan import Began, Outcome, Snapshot
 from services.worker.deaths import Death
 from services.worker.figures import Figures
 from services.worker.gateways import Gateways
+from services.worker.orders import Heard
 from services.worker.room import Room
 from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
 
@@ -114,6 +115,9 @@ class Worker(ABC, Generic[A]):
         """Start what the role runs besides, until it drains."""
         return []
 
+    def rank_heard(self, rank: int, word: Heard) -> None:
+        """The transfer of another rank has said something."""
+
     def own_figures(self) -> dict[str, float]:
         """Further figures of this role."""
         return {}
@@ -132,15 +136,17 @@ class Worker(ABC, Generic[A]):
         self.engine.start()
         figures = Figures(self.settings.host, self.settings.metrics_port, self._figures, self.own_words)
         try:
+            await self.room.ranks.connect()
             async with asyncio.TaskGroup() as tasks:
                 background = [
+                    tasks.create_task(self.room.ranks.watch(self.rank_heard), name="ranks"),
                     tasks.create_task(self.fleet.keep(self._introduction(), self.identity, self.introduced), name="fleet"),
                     tasks.create_task(self._beat_forever(), name="beats"),
                     tasks.create_task(self._acknowledge_forever(), name="acknowledge"),
                 ]
                 listening = tasks.create_task(self._listen_for_a_role(), name="role")
                 own = self.own_tasks(tasks)
-                self.service.ready(control=self.server.address, metrics_port=figures.port)
+                self.service.ready(control=self.server.address, metrics_port=figures.port, ranks=self.room.ranks.pids)
                 await self.service.stopping.wait()
                 await end(listening, *own)
                 await self._drain()
@@ -151,6 +157,7 @@ class Worker(ABC, Generic[A]):
             self.gateways.close()
             self.server.close()
             self.close()
+            self.room.ranks.close()
 
     async def _drain(self) -> None:
         """Hand everything back (rule 12) and wait until the gateways have acknowledged it, or the grace ends."""
@@ -233,7 +240,7 @@ class Worker(ABC, Generic[A]):
             self.server.address,
             self.identity.fingerprint,
             self.room.layout,
-            [self.room.shard],
+            list(self.room.shards),
             self.snapshot.pool.total,
         )
 
@@ -300,8 +307,12 @@ class Worker(ABC, Generic[A]):
             await asyncio.sleep(BEAT_S)
             with contextlib.suppress(QueueError):
                 role = await self.fleet.wished(self.incarnation)
-                if role is not None and role != self.role:
-                    self.service.become(role)
+                if role is None or role == self.role:
+                    continue
+                if len(self.room.shards) > 1:
+                    log.warning("a worker of several ranks keeps its role: start another one", wanted=role)
+                    return
+                self.service.become(role)
 
     async def _acknowledge_forever(self) -> None:
         while True:

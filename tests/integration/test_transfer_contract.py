@@ -42,11 +42,11 @@ class End:
             raise AssertionError(self.events.get(timeout=QUIET_S))
 
     def expect(self, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], peer: str = "prefill") -> GrantedRank:
-        self.transfer.expect(peer, grant, pages, indices)
+        self.transfer.expect(peer, grant, pages, indices, (SHARD,))
         posted = self.next(Posted)
         assert isinstance(posted, Posted)
         assert posted.grant == grant
-        return posted.rank
+        return posted.ranks[0]
 
 
 Maker = Callable[..., End]
@@ -87,7 +87,7 @@ def test_pages_arrive_where_they_were_granted_and_are_counted(make: Maker) -> No
     assert isinstance(arrived, Arrived)
     assert (sent.handoff, sent.grant, arrived.grant) == (4, 1, 1)
     assert sent.checksums == arrived.checksums
-    assert len(set(sent.checksums)) == 3
+    assert len(set(sent.checksums[0])) == 3
     for place, source in zip(places, sources, strict=True):
         assert torch.equal(decode.pages[place], prefill.pages[source])
     others = [page for page in ALL if page not in places]
@@ -116,10 +116,10 @@ def test_several_grants_of_one_peer_and_several_peers_at_once(make: Maker) -> No
     grants = {(0, 1): (0, 1), (1, 2): (2, 3), (0, 3): (4, 5), (1, 4): (6, 7)}
     ranks = {}
     for (who, grant), places in grants.items():
-        decode.transfer.expect(f"prefill-{who}", grant, places, (0, 1))
+        decode.transfer.expect(f"prefill-{who}", grant, places, (0, 1), (SHARD,))
         posted = decode.next(Posted)
         assert isinstance(posted, Posted)
-        ranks[grant] = posted.rank
+        ranks[grant] = posted.ranks[0]
     assert ranks[1].address != ranks[2].address
     for who, grant in reversed(grants):
         prefills[who].transfer.push("decode", ranks[grant], grant, grant, (grant, grant + 1), (0, 1))
@@ -131,9 +131,9 @@ def test_several_grants_of_one_peer_and_several_peers_at_once(make: Maker) -> No
 
 def test_a_grant_of_cached_pages_only(make: Maker) -> None:
     prefill, decode = make(), make()
-    decode.transfer.expect("prefill", 1, (), ())
+    decode.transfer.expect("prefill", 1, (), (), (SHARD,))
     assert isinstance(decode.next(Posted), Posted)
-    assert decode.next(Arrived) == Arrived(1, ())
+    assert decode.next(Arrived) == Arrived(1, ((),))
     prefill.transfer.finish_push(1, 1)
     assert prefill.next(Sent) == Sent(1, 1, ())
 
@@ -144,7 +144,7 @@ def test_without_checksums_there_are_none(make: Maker) -> None:
     prefill.transfer.push("decode", rank, 1, 1, (0, 1), (0, 1))
     prefill.transfer.finish_push(1, 1)
     assert prefill.next(Sent) == Sent(1, 1, ())
-    assert decode.next(Arrived) == Arrived(1, ())
+    assert decode.next(Arrived) == Arrived(1, ((),))
     assert torch.equal(decode.pages[:2], prefill.pages[:2])
 
 
@@ -158,7 +158,7 @@ def test_a_corrupted_page_does_not_verify(make: Maker) -> None:
     prefill.transfer.push("decode", rank, 1, 1, ALL, ALL)
     prefill.transfer.finish_push(1, 1)
     sent, arrived = prefill.next(Sent), decode.next(Arrived)
-    wrong = [i for i, (a, b) in enumerate(zip(sent.checksums, arrived.checksums, strict=True)) if a != b]  # type: ignore[attr-defined]
+    wrong = [i for i, (a, b) in enumerate(zip(sent.checksums[0], arrived.checksums[0], strict=True)) if a != b]  # type: ignore[attr-defined]
     assert wrong == [2]
     assert torch.equal(prefill.pages, kept)
 
@@ -227,7 +227,7 @@ def test_a_flush_may_come_before_the_abandonment_is_known_to_decode(make: Maker)
         events.append(decode.events.get(timeout=WAIT_S))
     for event in events[:-1]:
         assert isinstance(event, Arrived)
-        assert event.checksums[1] != 0
+        assert event.checksums[0][1] != 0
 
 
 def test_a_grant_nobody_was_told_of_lands_at_once_and_its_pages_serve_again(make: Maker) -> None:

@@ -105,8 +105,8 @@ class Here:
         return event
 
     def expect(self, grant: int, peer: str = "prefill") -> Any:
-        self.transfer.expect(peer, grant, ALL, ALL)
-        return self.next(Posted).rank
+        self.transfer.expect(peer, grant, ALL, ALL, (SHARD,))
+        return self.next(Posted).ranks[0]
 
     def until_first_page(self) -> None:
         deadline = time.monotonic() + WAIT_S
@@ -173,8 +173,8 @@ def test_containers_with_networks_of_their_own_do_not_wait_for_a_timer(here: Her
 
 
 def test_the_receiver_reads_and_says_by_what(here: Here, other: Other) -> None:
-    other.tell("expect", "here", 1, ALL, ALL)
-    here.transfer.push("there", other.answer("event").rank, 1, 1, ALL, ALL)
+    other.tell("expect", "here", 1, ALL, ALL, (SHARD,))
+    here.transfer.push("there", other.answer("event").ranks[0], 1, 1, ALL, ALL)
     here.transfer.finish_push(1, 1)
     here.next(Sent)
     assert here.transfer.transport.endswith("cma"), "not the zero-copy read that one host can do"
@@ -202,8 +202,8 @@ def test_a_sender_killed_before_it_pushed(here: Here, other: Other) -> None:
 
 
 def test_a_killed_receiver_fails_the_push_within_seconds(here: Here, other: Other) -> None:
-    other.tell("expect", "here", 1, ALL, ALL)
-    rank = other.answer("event").rank
+    other.tell("expect", "here", 1, ALL, ALL, (SHARD,))
+    rank = other.answer("event").ranks[0]
     here.transfer.push("there", rank, 1, 1, ALL[:1], ALL[:1])
     _until(lambda: here.transfer.counts.sent_pages == 1)
     other.stop()
@@ -216,8 +216,8 @@ def test_a_killed_receiver_fails_the_push_within_seconds(here: Here, other: Othe
 
 
 def test_a_killed_idle_receiver_is_noticed_by_the_next_push(here: Here, other: Other) -> None:
-    other.tell("expect", "here", 1, ALL, ALL)
-    rank = other.answer("event").rank
+    other.tell("expect", "here", 1, ALL, ALL, (SHARD,))
+    rank = other.answer("event").ranks[0]
     here.transfer.push("there", rank, 1, 1, ALL[:1], ALL[:1])
     _until(lambda: here.transfer.counts.sent_pages == 1)
     other.kill()
@@ -253,8 +253,8 @@ def test_a_stopped_sender_cannot_write_into_pages_granted_to_others(here: Here, 
 
 def test_a_stopped_receiver_holds_up_nobody_else(here: Here, other: Other) -> None:
     """Sends to it cannot be recalled, but its peer can be closed, others be served, and the whole be closed in bounded time."""
-    other.tell("expect", "here", 1, ALL, ALL)
-    rank = other.answer("event").rank
+    other.tell("expect", "here", 1, ALL, ALL, (SHARD,))
+    rank = other.answer("event").ranks[0]
     here.transfer.push("there", rank, 1, 1, ALL[:1], ALL[:1])
     _until(lambda: here.transfer.counts.sent_pages == 1)
     other.stop()
@@ -263,8 +263,8 @@ def test_a_stopped_receiver_holds_up_nobody_else(here: Here, other: Other) -> No
     assert here.next(PushFailed, timeout_s=3.0).handoff == 1
     second = Other()
     try:
-        second.tell("expect", "here", 1, ALL, ALL)
-        here.transfer.push("second", second.answer("event").rank, 2, 1, ALL, ALL)
+        second.tell("expect", "here", 1, ALL, ALL, (SHARD,))
+        here.transfer.push("second", second.answer("event").ranks[0], 2, 1, ALL, ALL)
         here.transfer.finish_push(2, 1)
         assert here.next(Sent).handoff == 2
         assert isinstance(second.answer("event"), Arrived)

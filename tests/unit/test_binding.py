@@ -21,6 +21,7 @@ def test_an_idle_prefill_wants_a_launch_full() -> None:
 def test_a_busy_one_leaves_new_jobs_to_others_unless_it_has_a_launch_to_fill() -> None:
     assert prefill_wants(state(in_flight=1), 0, 512) == 0
     assert prefill_wants(state(in_flight=1, unplanned=100), 0, 512) == 412
+    assert [prefill_wants(state(in_flight=flying), 0, 512, stages=3) for flying in (2, 3)] == [512, 0]
     assert prefill_wants(state(), 1, 512) == 0
     assert prefill_wants(state(free=0), 0, 512) == 0
 

@@ -38,10 +38,12 @@ class Rig:
         batch: int = 8,
         growth: int = 1,
         depth: int = 1,
+        stages: int = 1,
         reuse: str | None = None,
     ) -> None:
         self.pool = PagePool(pages, PAGE, keep_cached=reuse is not None)
-        self.scheduler = Scheduler(self.pool, policy, Limits(budget, chunk, batch, growth), depth=depth, reuse=reuse)
+        limits = Limits(budget, chunk, batch, growth)
+        self.scheduler = Scheduler(self.pool, policy, limits, depth=depth, stages=stages, reuse=reuse)
         self.submit = self.scheduler.submit
 
     def step(self, **draws: int) -> list[Outcome]:
@@ -690,3 +692,31 @@ def test_the_snapshot_counts_what_is_where() -> None:
     assert (snapshot.running, snapshot.parked, snapshot.inbound) == (2, 1, 1)
     rig.commit(plan)
     assert (rig.scheduler.snapshot().step, rig.scheduler.snapshot().in_flight) == (2, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- stages
+
+
+def test_with_stages_each_launch_takes_its_share_and_nobody_twice() -> None:
+    rig = Rig(20, depth=2, stages=2)
+    for name in "abc":
+        rig.submit(sequence(name, 3))
+    first = rig.plan()
+    assert rig.scheduler.next() is None, "all three are under way, and their tokens unknown"
+    rig.commit(first)
+    both = [rig.plan(), rig.plan()]
+    assert [[chunk.sequence.key.request_id for chunk in plan.chunks] for plan in both] == [["a", "b"], ["c"]]
+    assert not any(chunk.pending for plan in both for chunk in plan.chunks)
+    assert rig.scheduler.next() is None
+    rig.commit(both[0])
+    assert [chunk.sequence.key.request_id for chunk in rig.plan().chunks] == ["a", "b"]
+
+
+def test_with_stages_the_chunks_of_a_prompt_follow_each_other() -> None:
+    rig = Rig(20, chunk=4, budget=4, depth=2, stages=2)
+    rig.submit(sequence("a", 10))
+    first, second = rig.plan(), rig.plan()
+    assert [(plan.chunks[0].start, plan.chunks[0].tokens) for plan in (first, second)] == [(0, 4), (4, 4)]
+    rig.commit(first)
+    third = rig.plan()
+    assert (third.chunks[0].start, third.chunks[0].draws) == (8, True)

@@ -87,11 +87,11 @@ class Carrier:
         if link is None:
             self._addresses += 1
             link = self.links[peer] = Link(f"{self.process.name}/{self._addresses}".encode())
-        self._emit(Posted(grant, GrantedRank(SHARD, link.address)))
+        self._emit(Posted(grant, (GrantedRank(SHARD, link.address),)))
         if indices:
             link.grants[grant] = Receives(dict(zip(indices, pages, strict=True)), set(indices))
         else:
-            self._emit(Arrived(grant, ()))
+            self._emit(Arrived(grant, ((),)))
 
     def abandon(self, grant: int, *, told: bool) -> None:
         for link in self.links.values():
@@ -117,7 +117,7 @@ class Carrier:
         if not receives.open:
             del link.grants[grant]
             sums = tuple(receives.sums[i] for i in sorted(receives.sums))
-            self._emit(Landed(grant) if receives.abandoned else Arrived(grant, sums))
+            self._emit(Landed(grant) if receives.abandoned else Arrived(grant, (sums,)))
 
     # --------------------------------------------------------------------------------------------------------- sending
 
@@ -176,7 +176,7 @@ class Carrier:
     def _settle(self, handoff: int, grant: int, pushing: Pushing) -> None:
         if pushing.finished and not pushing.under_way:
             del self.pushes[(handoff, grant)]
-            self._emit(Sent(handoff, grant, tuple(pushing.sums[i] for i in sorted(pushing.sums))))
+            self._emit(Sent(handoff, grant, (tuple(pushing.sums[i] for i in sorted(pushing.sums)),)))
 
     def _fail(self, handoff: int, grant: int, reason: str) -> None:
         if self.pushes.pop((handoff, grant), None) is not None:

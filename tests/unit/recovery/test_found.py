@@ -189,9 +189,9 @@ def arrive(core: DecodeCore, number: int, grant: int) -> list[object]:
     """Grant, receive and hear of handoff `number`, as far as the core goes along."""
     actions: list[object] = []
     actions += core.outcome(EngineGranted(("p", number), (number,)), 0.2)
-    actions += core.posted(Posted(grant, RANK), 0.2)
+    actions += core.posted(Posted(grant, (RANK,)), 0.2)
     actions += core.letter("p", Pushed(number, grant, [(0, Token(0, 5))], [[1]]), 0.3)
-    actions += core.arrived(Arrived(grant, (1,)), 0.4)
+    actions += core.arrived(Arrived(grant, ((1,),)), 0.4)
     return actions
 
 
@@ -209,7 +209,7 @@ def test_what_is_in_transit_when_a_decode_drains_goes_elsewhere() -> None:
     core = decode()
     core.letter("p", offer(1), 0.0)
     core.outcome(EngineGranted(("p", 1), (1,)), 0.1)
-    core.posted(Posted(1, RANK), 0.1)
+    core.posted(Posted(1, (RANK,)), 0.1)
     bodies = [action.body for action in core.drain(0.2) if isinstance(action, inbound.Send)]
     assert bodies == [Refused(1, "draining")]
     assert not [action for action in arrive(core, 1, 1) if isinstance(action, inbound.Commit)]
@@ -219,7 +219,7 @@ def test_an_abandoned_grant_that_does_not_land_costs_its_link() -> None:
     core = decode()
     core.letter("p", offer(1), 0.0)
     core.outcome(EngineGranted(("p", 1), (1,)), 0.1)
-    core.posted(Posted(1, RANK), 0.1)
+    core.posted(Posted(1, (RANK,)), 0.1)
     core.letter("p", PeerBeat(1, 0, "f", "f", None, []), 0.2)  # type: ignore[arg-type]
     actions = [action for second in range(1, 20) for action in core.tick(float(second))]
     assert actions.count(inbound.ClosePeer("p")) == 1

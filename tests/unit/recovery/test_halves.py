@@ -95,7 +95,7 @@ def test_pages_that_differ_are_rejected_by_index() -> None:
     core.letter("p", offer(1), 0.0)
     core.outcome(EngineGranted(("p", 1), (1,)), 0.1)
     core.letter("p", Pushed(1, 1, [(0, Token(0, 5))], [[1]]), 0.2)
-    actions = core.arrived(Arrived(1, (2,)), 0.3)
+    actions = core.arrived(Arrived(1, ((2,),)), 0.3)
     assert said(actions) == [Rejected(1, 0, [0])] and inbound.Lapse(("p", 1)) in actions
     assert len(core.runs) == 0
 
@@ -105,7 +105,7 @@ def known_beginning(core: DecodeCore, length: int = 11, shared: int = 2) -> Gran
     core.letter("p", replace(offer(1), length=length), 0.0)
     actions = core.outcome(EngineGranted(("p", 1), (4, 5, 6, 7), shared), 0.1)
     assert actions == [inbound.Expect(("p", 1), 1, (4, 5, 6)[shared:], tuple(range(shared, 3)))]
-    (word,) = said(core.posted(Posted(1, RANK), 0.2))
+    (word,) = said(core.posted(Posted(1, (RANK,)), 0.2))
     assert isinstance(word, Granted)
     return word
 
@@ -114,27 +114,27 @@ def test_a_grant_names_missing_pages_only_and_is_judged_by_them() -> None:
     core = decode()
     assert known_beginning(core).pages == [-1, -1, 6]
     assert core.letter("p", Pushed(1, 1, [(0, Token(0, 5))], [[9]]), 0.3) == []
-    assert Committed(1) in said(core.arrived(Arrived(1, (9,)), 0.4))
+    assert Committed(1) in said(core.arrived(Arrived(1, ((9,),)), 0.4))
 
 
 def test_a_missing_page_that_differs_is_rejected_by_its_place_in_the_sequence() -> None:
     core = decode()
     known_beginning(core)
     core.letter("p", Pushed(1, 1, [(0, Token(0, 5))], [[9]]), 0.3)
-    assert said(core.arrived(Arrived(1, (8,)), 0.4)) == [Rejected(1, 0, [2])]
+    assert said(core.arrived(Arrived(1, ((8,),)), 0.4)) == [Rejected(1, 0, [2])]
 
 
 def test_nothing_missing_is_committed_when_prefill_has_said_its_word() -> None:
     core = decode()
     assert known_beginning(core, shared=3).pages == [-1, -1, -1]
-    assert core.arrived(Arrived(1, ()), 0.3) == []
+    assert core.arrived(Arrived(1, ((),)), 0.3) == []
     assert Committed(1) in said(core.letter("p", Pushed(1, 1, [(0, Token(0, 5))], [[]]), 0.4))
 
 
 def test_checksums_of_pages_that_were_not_asked_for_are_no_agreement() -> None:
     core = decode()
     known_beginning(core, shared=3)
-    core.arrived(Arrived(1, ()), 0.3)
+    core.arrived(Arrived(1, ((),)), 0.3)
     assert said(core.letter("p", Pushed(1, 1, [(0, Token(0, 5))], [[9]]), 0.4)) == [Rejected(1, 0, [])]
 
 
@@ -172,7 +172,7 @@ def test_a_handoff_of_which_nothing_is_missing_is_finished_by_the_first_token() 
     ways.letter("d", Granted(1, 7, [-1, -1], [RANK]), 0.1)
     assert ways.drawn(KEY, Token(0, 5), 0.2) == [handoffs.FinishPush(1, 7)]
     (word,) = said(ways.sent(Sent(1, 7, ()), 0.3))
-    assert isinstance(word, Pushed) and word.checksums == [[]]
+    assert isinstance(word, Pushed) and word.checksums == []
     ways.letter("d", Committed(1), 0.4)
     assert ways.spared_pages == 2
 
@@ -195,7 +195,7 @@ def test_every_request_is_repeated_until_it_is_answered() -> None:
     ways.letter("d", Granted(1, 7, [0], [RANK]), 0.7)
     assert said(ways.tick(1.3)) == []
     ways.drawn(KEY, Token(0, 5), 1.4)
-    (word,) = said(ways.sent(Sent(1, 7, (1,)), 1.5))
+    (word,) = said(ways.sent(Sent(1, 7, ((1,),)), 1.5))
     assert said(ways.tick(1.6)) == [] and said(ways.tick(2.1)) == [word]
     ways.drop(KEY, 2.2)
     assert said(ways.tick(2.8)) == [Withdraw(1)]
