@@ -86,7 +86,7 @@ def test_bfloat16_is_as_near_as_torch(kind: str, config: PreTrainedConfig, tmp_p
 @pytest.mark.parametrize("kind", playable())
 def test_maxima_that_grow(kind: str, tmp_path: Path) -> None:
     """Scores so far apart that a row's maximum grows by powers of two from one block of keys to the next."""
-    sharp = saved(CONFIGS["grouped"], tmp_path, std=0.1)
+    sharp = saved(LlamaConfig(**BASE), tmp_path, std=0.1)  # saving in bfloat16 changes the configuration
     with torch.no_grad():
         for layer in sharp.model.layers:
             layer.self_attn.q_proj.weight *= 4
