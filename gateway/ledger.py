@@ -106,13 +106,12 @@ class Ledger:
             if flight.entry is None or flight.execution is not None or flight.entry not in states:
                 continue
             state = states[flight.entry]
-            if isinstance(state, Pending):
-                flight.claimed_by(state.consumer, now)
+            held_s = flight.pending_s(state, now) if isinstance(state, Pending) else 0.0
             if now - flight.put_at < DEAD_S:
                 continue
             if isinstance(state, Absent):
                 actions += self._again(flight, now)
-            elif isinstance(state, Pending) and flight.pending_s(state, now) > DEAD_S:
+            elif isinstance(state, Pending) and held_s > DEAD_S:
                 # A consumer that is dead and one that has lost the reply look alike: delivered, and not a word of it for as long as death
                 # takes. Who lives is not asked: one that has just started claims before its first beat is heard. It is suspected to have
                 # died of it until it speaks again.
@@ -229,7 +228,7 @@ class Ledger:
     # ---------------------------------------------------------------------------------------------------------- inside
 
     def _waiting(self) -> list[Flight]:
-        return [flight for flight in self._flights.values() if flight.execution is None and flight.rides is None]
+        return [one for one in self._flights.values() if one.execution is None and one.rides is None]
 
     def _riders(self, leader: Flight) -> list[Flight]:
         """Choices that no worker has spoken of yet and that travel with this one."""
@@ -281,14 +280,10 @@ class Ledger:
         """Its last word on this execution is known, or of no interest: it may forget it (rule 5)."""
         self._finals.setdefault(sender, set()).add(key)
 
-    def _absolve(self, worker: Incarnation) -> None:
-        """It was only silent: no request has killed it."""
-        for flight in self._flights.values():
-            flight.suspects.discard(worker)
-
     def _beat(self, sender: Incarnation, beat: WorkerBeat, now: float) -> list[Action]:
         """A beat's holdings say again what lost events said, and show what is missing (it cannot overtake tokens)."""
-        self._absolve(sender)
+        for flight in self._flights.values():
+            flight.suspects.discard(sender)  # it was only silent: no request has killed it
         self._roles[sender] = beat.role
         actions: list[Action] = []
         for holding in beat.holding:
