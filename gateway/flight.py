@@ -189,17 +189,16 @@ class Flight:
         self.launched.clear()
         self._stage_s = {}
 
-    def claimed_by(self, consumer: Incarnation, now: float) -> None:
-        """Redis says who has its entry."""
-        if self.pending is None or self.pending[0] != consumer:
-            self.pending = (consumer, now)
-
     def pending_s(self, state: Pending, now: float) -> float:
-        """How long its entry has been with this consumer. Redis tells it by a wall clock that may have been stepped: what is longer than it
-        has been in the queue at all is not believed, and we have looked ourselves."""
+        """How long its entry has been with this consumer, which is noted.
+
+        Redis tells it by a wall clock that may be stepped: what is longer than it has been in the queue at all is not believed, and we have
+        looked ourselves.
+        """
+        if self.pending is None or self.pending[0] != state.consumer:
+            self.pending = (state.consumer, now)
         told_s = state.idle_s if state.idle_s <= now - self.put_at else 0.0
-        seen_s = now - self.pending[1] if self.pending is not None and self.pending[0] == state.consumer else 0.0
-        return max(told_s, seen_s)
+        return max(told_s, now - self.pending[1])
 
     def drop_holder(self, worker: Incarnation) -> bool:
         """Whether the attempt is over because of it: nobody holds it any more, or its one decode is gone (an attempt has no second one,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
+from common.beats import PAUSE_S
 from common.errors import RequestError, Unavailable
 from common.messages import (
     Cancel,
@@ -54,6 +55,7 @@ class Ledger:
         self._flights: dict[FlightId, Flight] = {}
         self._roles: dict[Incarnation, Role] = {}
         self._finals: dict[Incarnation, set[Key]] = {}
+        self._ticked_at: float | None = None
         self.recoveries = 0
 
     # ------------------------------------------------------------------------------------------------ the client's side
@@ -105,17 +107,16 @@ class Ledger:
             if flight.entry is None or flight.execution is not None or flight.entry not in states:
                 continue
             state = states[flight.entry]
-            if isinstance(state, Pending):
-                flight.claimed_by(state.consumer, now)
+            held_s = flight.pending_s(state, now) if isinstance(state, Pending) else 0.0
             if now - flight.put_at < DEAD_S:
                 continue
             if isinstance(state, Absent):
                 actions += self._again(flight, now)
-            elif isinstance(state, Pending) and flight.pending_s(state, now) > DEAD_S:
+            elif isinstance(state, Pending) and held_s > DEAD_S:
                 # A consumer that is dead and one that has lost the reply look alike: delivered, and not a word of it for as long as death
-                # takes. Who lives is not asked: one that has just started claims before its first beat is heard. One that does not live
-                # may have died of it.
-                actions += self._again(flight, now, suspect=None if state.consumer in self._roles else state.consumer)
+                # takes. Who lives is not asked: one that has just started claims before its first beat is heard. It is suspected to have
+                # died of it until it speaks again.
+                actions += self._again(flight, now, suspect=state.consumer)
         return actions
 
     # ------------------------------------------------------------------------------------------------ the workers' side
@@ -181,7 +182,14 @@ class Ledger:
         return running + [(key, 0, True) for key in finals]
 
     def tick(self, now: float) -> list[Action]:
-        """Everything that time alone brings about: deadlines, puts to repeat, holders that have stopped speaking of a request."""
+        """Everything that time alone brings about: deadlines, puts to repeat, holders that have stopped speaking of a request.
+
+        After a pause of our own nobody counts as silent: what they said meanwhile may not have been read yet.
+        """
+        last, self._ticked_at = self._ticked_at, now
+        if last is not None and now - last > PAUSE_S:
+            for flight in self._flights.values():
+                flight.holders = dict.fromkeys(flight.holders, now)
         actions: list[Action] = []
         for flight in list(self._flights.values()):
             if now >= flight.deadline:
@@ -224,7 +232,7 @@ class Ledger:
     # ---------------------------------------------------------------------------------------------------------- inside
 
     def _waiting(self) -> list[Flight]:
-        return [flight for flight in self._flights.values() if flight.execution is None and flight.rides is None]
+        return [one for one in self._flights.values() if one.execution is None and one.rides is None]
 
     def _riders(self, leader: Flight) -> list[Flight]:
         """Choices that no worker has spoken of yet and that travel with this one."""
@@ -276,15 +284,10 @@ class Ledger:
         """Its last word on this execution is known, or of no interest: it may forget it (rule 5)."""
         self._finals.setdefault(sender, set()).add(key)
 
-    def _absolve(self, worker: Incarnation) -> None:
-        """It was only silent: no request has killed it."""
-        for flight in self._flights.values():
-            flight.suspects.discard(worker)
-
     def _beat(self, sender: Incarnation, beat: WorkerBeat, now: float) -> list[Action]:
         """A beat's holdings say again what lost events said, and show what is missing (it cannot overtake tokens)."""
-        if sender not in self._roles:
-            self._absolve(sender)
+        for flight in self._flights.values():
+            flight.suspects.discard(sender)  # it was only silent: no request has killed it
         self._roles[sender] = beat.role
         actions: list[Action] = []
         for holding in beat.holding:

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -45,6 +46,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", choices=get_args(Kind), default=[], metavar="KIND", help=f"of {', '.join(get_args(Kind))}"
     )
+    parser.add_argument("--victim", action="append", default=[], metavar="NAME", help="nobody else is struck, like decode-0")
     parser.add_argument("--rolling", action="store_true", help="instead: every process drained and started again, one after the other")
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
     parser.add_argument("--workload", default="chatbot", help="whose lengths are asked")
@@ -88,12 +90,16 @@ def shape(model: Path, chosen: argparse.Namespace) -> Shape:
 
 
 def strikes(chosen: argparse.Namespace, system: System) -> list[Strike]:
-    names = list(system.cluster.children)
     if chosen.rolling:
+        names = [*system.cluster.children, "redis"]
         return rolling(names, 10.0, (60 * chosen.minutes - 10.0 - CALM_S) / len(names))
-    workers = [child.name for child in system.cluster.workers]
-    gateways = [child.name for child in system.cluster.gateways]
-    possible = Possible(workers, gateways, system.cuttable, system.clocked)
+
+    def spared(names: Iterable[str]) -> list[str]:
+        return [name for name in names if not chosen.victim or name in chosen.victim]
+
+    cluster = system.cluster
+    workers, gateways = spared(child.name for child in cluster.workers), spared(child.name for child in cluster.gateways)
+    possible = Possible(workers, gateways, spared(system.cuttable), spared(system.clocked))
     return plan(chosen.seed, 60 * chosen.minutes - CALM_S, chosen.every, possible, chosen.only)
 
 

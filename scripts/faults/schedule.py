@@ -118,6 +118,11 @@ def _seconds(kind: Kind, rng: random.Random) -> float:
 
 
 def rolling(names: Sequence[str], start_s: float, every_s: float) -> list[Strike]:
-    """Every process drained and started again, one after the other."""
-    kinds: dict[bool, Kind] = {True: "gateway_drain", False: "drain"}
-    return [Strike(start_s + n * every_s, kinds[name.startswith("gateway")], name, 0.0) for n, name in enumerate(names)]
+    """Every process drained and started again, one after the other; Redis, which holds nothing but its file, is killed."""
+
+    def kind(name: str) -> Kind:
+        if name == "redis":
+            return "redis_kill"
+        return "gateway_drain" if name.startswith("gateway") else "drain"
+
+    return [Strike(start_s + n * every_s, kind(name), name, 0.0) for n, name in enumerate(names)]

@@ -37,6 +37,7 @@ from scripts.load.texts import Writer
 from scripts.load.workloads import WorkloadError, load
 
 PATIENCE_S = 300.0
+LEAST_PAGES = 128
 PART = 0.25
 """Of the run, first and last: whose times are compared."""
 SAY_S = 60.0
@@ -59,6 +60,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     chosen = parser.parse_args(argv)
     if min(chosen.minutes, chosen.goodput, chosen.fraction, chosen.length_scale, chosen.prefill, chosen.decode, chosen.gateways) <= 0:
         parser.error("minutes, rates and counts must be above 0")
+    if chosen.pages < LEAST_PAGES:
+        parser.error(f"--pages must be at least {LEAST_PAGES}: the longest request needs them")
     if not 0 <= chosen.warm_up < 1:
         parser.error("--warm-up must be at least 0 and below 1")
     return chosen

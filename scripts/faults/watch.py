@@ -18,6 +18,8 @@ from scripts.faults.trend import trend
 EVERY_S = 0.5
 METRIC = "baton_reenqueue_seconds_bucket"
 MIB = 1 << 20
+LEAST_S = 180.0
+"""A shorter life says nothing about the slope of its memory."""
 
 
 class Watch:
@@ -53,7 +55,7 @@ class Watch:
         found: dict[str, Any] = {}
         for (name, _), series in sorted(self._memory.items(), key=lambda one: len(one[1])):
             settled = [(at, value) for at, value in series if at >= series[0][0] + warm_up_s]
-            line = trend(settled)
+            line = trend(settled) if settled and settled[-1][0] - settled[0][0] >= LEAST_S else None
             slope = {"slope": round(line.slope, 1), "upper_95": round(line.upper, 1)} if line is not None else {}
             found[name] = {"mib": round(series[-1][1], 1), "seconds": round(series[-1][0] - series[0][0]), **slope}
         return dict(sorted(found.items()))

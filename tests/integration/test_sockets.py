@@ -22,6 +22,7 @@ from zmq.utils.monitor import recv_monitor_message
 from common import messages as m
 from common.control import MAX_LETTER_BYTES, ControlClient, ControlServer
 from common.errors import SettingError, StartError
+from common.faults import MessageFault
 from common.logs import get_logger
 from common.pump import BURST, Pump, new_socket
 from common.refusals import Refusals
@@ -481,6 +482,23 @@ async def test_a_closed_pump_sends_nothing_and_may_be_closed_again(closing: Clos
     pump.close()
     pump.close()
     assert not pump.send([b"x"])
+
+
+@both_loops
+async def test_injected_faults_drop_the_nth_message_and_delay_another_with_what_follows(closing: Closing) -> None:
+    got: list[bytes] = []
+    server = new_socket(zmq.ROUTER, 100, 1 << 20)
+    port = server.bind_to_random_port("tcp://127.0.0.1")
+    closing(Pump(server, lambda frames: got.append(frames[-1])))
+    client = new_socket(zmq.DEALER, 100, 1 << 20)
+    client.connect(f"tcp://127.0.0.1:{port}")
+    pump = closing(Pump(client, lambda frames: None, MessageFault(drop_every=4, delay_every=3, delay_s=0.3)))
+    begin = time.monotonic()
+    assert all(pump.send([str(number).encode()]) for number in range(1, 6))
+    await until(lambda: len(got) == 2)
+    assert time.monotonic() - begin < 0.3
+    await until(lambda: len(got) == 4)
+    assert time.monotonic() - begin >= 0.3 and got == [b"1", b"2", b"3", b"5"]
 
 
 # ------------------------------------------------------------------------------------------------------------- strangers

@@ -45,10 +45,11 @@ def test_what_cannot_be_done_is_not_planned() -> None:
 
 
 def test_a_rolling_restart_drains_everybody_once() -> None:
-    strikes = rolling(["prefill-0", "gateway-0"], 10, 20)
+    strikes = rolling(["prefill-0", "gateway-0", "redis"], 10, 20)
     assert [(strike.at_s, strike.kind, strike.target) for strike in strikes] == [
         (10, "drain", "prefill-0"),
         (30, "gateway_drain", "gateway-0"),
+        (50, "redis_kill", "redis"),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from common.errors import RequestError
-from common.messages import Job, Key, Sampling, Started, Token, Tokens
+from common.messages import Job, Key, Lost, Sampling, Started, Token, Tokens, WorkerBeat
 from common.queue import Entry, Pending
 from gateway.ask import Ask
 from gateway.flight import Action, Bury, End, Put
@@ -66,8 +66,19 @@ def test_a_lost_reply_of_a_living_prefill_is_no_suspicion() -> None:
     entry = Entry("interactive", "1-0")
     ledger.join("p", "prefill")
     ledger.put("r", 0, 1, entry)
-    ledger.judge({entry: Pending("p", 0.5)}, 3.0)
-    assert [job.suspicion for job in jobs(ledger.judge({entry: Pending("p", 3.5)}, 6.0))] == [0]
+    assert ledger.judge({entry: Pending("p", 2.5)}, 2.5)
+    ledger.event("p", WorkerBeat("prefill", 1, 0, False, 1.0, 0, 0, 0, 0), 2.7)
+    key = Key("r", 0, 2, "e")
+    ledger.event("p", Started(key), 3.0)
+    assert [job.suspicion for job in jobs(ledger.event("p", Lost(key, "drained"), 3.1))] == [0]
+
+
+def test_a_claimer_that_has_just_died_is_suspected_though_its_death_is_not_noticed_yet() -> None:
+    ledger = opened()
+    entry = Entry("interactive", "1-0")
+    ledger.join("p", "prefill")
+    ledger.put("r", 0, 1, entry)
+    assert [job.suspicion for job in jobs(ledger.judge({entry: Pending("p", 2.1)}, 2.2))] == [1]
 
 
 def test_an_entry_of_a_dead_claimer_is_put_again_though_the_clock_of_redis_was_set_back() -> None:
@@ -92,3 +103,15 @@ def test_it_is_told_since_when_nobody_has_spoken_of_a_request_that_is_put_again(
     ledger.put("r", 0, 1, Entry("interactive", "1-0"))
     ledger.event("p", Started(Key("r", 0, 1, "e")), 1.0)
     assert [action.silent_since for action in ledger.dead("p", 3.2) if isinstance(action, Put)] == [1.0]
+
+
+def test_silence_while_the_gateway_itself_was_stopped_proves_nothing() -> None:
+    """After a pause of the whole machine every running request was started again, although their tokens lay in the socket."""
+    ledger = opened()
+    ledger.join("p", "prefill")
+    ledger.put("r", 0, 1, Entry("interactive", "1-0"))
+    ledger.event("p", Started(Key("r", 0, 1, "e")), 1.0)
+    assert ledger.tick(1.5) == []
+    assert ledger.tick(9.0) == []
+    assert [ledger.tick(9.0 + 0.5 * n) for n in range(1, 5)] == [[]] * 4
+    assert jobs(ledger.tick(11.5)), "from then on it counts"
