@@ -10,6 +10,7 @@ execution. When the last holder dies, lets go or forgets, the flight gets a new 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TypeAlias
 
 from common.beats import PAUSE_S
@@ -42,6 +43,8 @@ FlightId: TypeAlias = tuple[str, int]
 PUT_RETRY_S = 0.5
 AGAIN_S = 2.0
 """Who is refused because Redis or the workers are away comes back after this."""
+EARLY_S = 1.0
+"""A worker may find a deadline passed this long before it has by our clock; earlier, its clock or Redis' has jumped."""
 ALONE_AT = 2
 """Deaths during a launch of the request after which it runs alone; one more ends it (rule 11)."""
 
@@ -103,7 +106,7 @@ class Ledger:
     def judge(self, states: dict[Entry, EntryState], now: float) -> list[Action]:
         """Rule 4: an entry that vanished, or that a consumer holds who is dead or does not speak of it, is put again."""
         actions: list[Action] = []
-        for flight in list(self._flights.values()):
+        for flight in self._still_open():
             if flight.entry is None or flight.execution is not None or flight.entry not in states:
                 continue
             state = states[flight.entry]
@@ -164,7 +167,7 @@ class Ledger:
         self._roles.pop(worker, None)
         self._finals.pop(worker, None)
         actions: list[Action] = []
-        for flight in list(self._flights.values()):
+        for flight in self._still_open():
             launched = flight.launched.pop(worker, False)
             heard_at = flight.holders.get(worker)
             if flight.drop_holder(worker):
@@ -191,7 +194,7 @@ class Ledger:
             for flight in self._flights.values():
                 flight.holders = dict.fromkeys(flight.holders, now)
         actions: list[Action] = []
-        for flight in list(self._flights.values()):
+        for flight in self._still_open():
             if now >= flight.deadline:
                 actions += self._end(flight, now, error=Unavailable("the request's deadline has passed", code="deadline_exceeded"))
             elif self._stranded(flight, now):
@@ -230,6 +233,12 @@ class Ledger:
         return Load(waiting, sum(flight.tokens for flight in unplaced if flight.rides is None), len(unplaced))
 
     # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _still_open(self) -> Iterator[Flight]:
+        """Each flight, but for those that end meanwhile: one may take its riders along."""
+        for flight in list(self._flights.values()):
+            if flight.id in self._flights:
+                yield flight
 
     def _waiting(self) -> list[Flight]:
         return [one for one in self._flights.values() if one.execution is None and one.rides is None]
@@ -347,7 +356,7 @@ class Ledger:
         if sender != flight.decode and flight.decode in flight.holders:
             flight.drop_holder(sender)  # a prefill that never learnt that it was rid of it
             return []
-        if event.reason == "expired":
+        if event.reason == "expired" and now >= flight.deadline - EARLY_S:
             return self._end(flight, now, error=Unavailable("the request's deadline has passed", code="deadline_exceeded"))
         if event.reason == "refused":
             return self._end(flight, now, error=RequestError(f"no worker can run this request: {event.detail}"))

@@ -130,7 +130,7 @@ def _reply(operation: Operation) -> Schema:
     reply: Schema = {"description": operation.about, "content": content}
     if operation.streams is not None:
         about = f"With stream: each event's data is a {operation.streams}; the last one is [DONE], or an Error if the answer failed"
-        content["text/event-stream"] = {"schema": {"type": "string", "description": about}}
+        content["text/event-stream"] = {"schema": {"description": about}}
         reply["headers"] = {"Server-Timing": {"description": "The stages known so far, in milliseconds", "schema": {"type": "string"}}}
     return reply
 

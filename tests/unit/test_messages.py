@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, get_args
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Struct
 
@@ -21,6 +22,8 @@ TOKENS = [m.Token(4, 11), m.Token(5, 12, m.Logprob(-0.5, [(12, -0.5), (13, -1.5)
 JOB = m.Job("r1", "g", "tcp://127.0.0.1:1", [1, 2, 3], [m.Choice(0, 1, [9]), m.Choice(1, 0)], m.Sampling(logit_bias={7: -1.0}), 64)
 GRANTED = m.Granted(1, 2, [5, -1, 6], [m.GrantedRank(SHARD, b"\x00ucx\xff")])
 BEAT = m.WorkerBeat("decode", 7, 70, True, 3.0, 5, 10, 2, 1, holding=[m.Holding(KEY, 6, False, True)])
+
+EXAMPLES = int(os.environ.get("BATON_TEST_EXAMPLES", "50000")) if os.environ.get("BATON_TEST_FULL") else 300
 
 EVENTS: list[Any] = [
     m.Started(KEY, 0.1),
@@ -109,12 +112,14 @@ def test_nesting_without_end_is_an_error_and_no_crash() -> None:
         decode(b"\x82\xa4type\xa3Job\xa1x" + deep, m.Job)
 
 
+@settings(max_examples=EXAMPLES)
 @given(data=st.binary(max_size=300), kind=st.sampled_from(KINDS))
 def test_random_bytes_are_a_message_error(data: bytes, kind: type[Struct]) -> None:
     with pytest.raises(MessageError):
         decode(data, kind)
 
 
+@settings(max_examples=EXAMPLES)
 @given(message=st.sampled_from(WHOLE), cuts=st.lists(st.tuples(st.integers(0, 2000), st.binary(max_size=3)), min_size=1, max_size=4))
 def test_mutated_messages_are_messages_or_a_message_error(message: Struct, cuts: list[tuple[int, bytes]]) -> None:
     data = encode(message)
@@ -157,3 +162,50 @@ def test_an_error_does_not_repeat_what_was_sent() -> None:
             decode(msgspec.msgpack.encode({**fields, name: "my 'secret' \nprompt"}), m.Introduction)
         assert "secret" not in str(refused.value) and name in str(refused.value)
         assert refused.value.__cause__ is None and refused.value.__suppress_context__
+
+
+# ------------------------------------------------------------------------------------------- every message, out of shape
+
+scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=8) | st.binary(max_size=8)
+names = st.text(max_size=8)
+nodes = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=6)
+
+
+@st.composite
+def out_of_shape(draw: st.DrawFn) -> bytes:
+    """A message with one or more of its parts, wherever they lie, replaced, doubled or left out; then perhaps bytes too many or too few."""
+    whole = msgspec.msgpack.decode(encode(draw(st.sampled_from(WHOLE))))
+    for _ in range(draw(st.integers(1, 3))):
+        whole = _bent(draw, whole)
+    data = msgspec.msgpack.encode(whole)
+    return draw(st.sampled_from([data, data[:-1], data + b"\x00", data * 2, data + draw(st.binary(max_size=4))]))
+
+
+def _bent(draw: st.DrawFn, node: Any) -> Any:
+    if not isinstance(node, dict | list) or not node or draw(st.integers(0, 4)) == 0:
+        return draw(nodes)
+    keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+    at = draw(st.sampled_from(keys))
+    copy = node.copy()
+    match draw(st.sampled_from(["deeper", "deeper", "deeper", "out", "double"])):
+        case "deeper":
+            copy[at] = _bent(draw, node[at])
+        case "out":
+            del copy[at]
+        case _ if isinstance(copy, list):
+            copy += copy
+        case _:
+            copy[draw(st.text(max_size=8))] = node[at]
+    return copy
+
+
+@settings(max_examples=EXAMPLES)
+@given(data=out_of_shape())
+def test_messages_out_of_shape_are_messages_or_the_one_refused_error(data: bytes) -> None:
+    for kind in KINDS:
+        try:
+            message = decode(data, kind)
+        except MessageError as error:
+            assert len(str(error)) < 400
+        else:
+            assert isinstance(message, kind) and decode(encode(message), kind) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from services.engine.policies import POLICIES, Limits
 from services.engine.scheduler import Scheduler
 from services.engine.sequence import Sequence
 
+FULL = int(os.environ.get("BATON_TEST_EXAMPLES", "3000")) if os.environ.get("BATON_TEST_FULL") else 0
 PAGE, STOP, OTHER = 2, 0, 9
 
 
@@ -392,4 +394,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=FULL or 150, stateful_step_count=120 if FULL else 60, deadline=None)

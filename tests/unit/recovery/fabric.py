@@ -162,6 +162,7 @@ class Wires:
 @dataclass
 class _Row:
     data: bytes
+    put_at: float
     consumer: str | None = None
     delivered_at: float = 0.0
 
@@ -179,7 +180,7 @@ class Streams:
     def put(self, job: Job, job_class: str) -> Entry:
         self._last += 1
         entry = Entry(job_class, f"{self._last}-0")
-        self.rows[job_class][entry.id] = _Row(encode(job))
+        self.rows[job_class][entry.id] = _Row(encode(job), self._clock.now)
         return entry
 
     def claim(self, consumer: str) -> Claimed | None:
@@ -187,7 +188,7 @@ class Streams:
             for entry_id, row in self.rows[job_class].items():
                 if row.consumer is None:
                     row.consumer, row.delivered_at = consumer, self._clock.now
-                    return Claimed(Entry(job_class, entry_id), decode(row.data, Job))
+                    return Claimed(Entry(job_class, entry_id), decode(row.data, Job), self._clock.now - row.put_at)
         return None
 
     def remove(self, entry: Entry) -> None:

@@ -65,7 +65,7 @@ class Claimant(Worker):
         if self.draining:
             return
         self.meet(claimed.job.gateway)
-        self.do([*self.claimed(claimed.entry, claimed.job)])
+        self.do([*self.claimed(claimed.entry, claimed.aged)])
 
     def claimed(self, entry: Entry, job: Job) -> Iterable[Any]:
         raise NotImplementedError

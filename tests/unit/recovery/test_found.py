@@ -29,7 +29,7 @@ from common.messages import (
 )
 from common.queue import Entry
 from gateway.ask import Ask
-from gateway.flight import Put, Tell
+from gateway.flight import End, Put, Tell
 from gateway.ledger import Ledger
 from services.decode import inbound
 from services.decode.core import DecodeCore
@@ -238,3 +238,24 @@ def test_what_a_later_attempt_finds_in_a_pool_is_not_told_as_cached() -> None:
     found.put("r", 0, 2, Entry("interactive", "2-0"))
     found.event("q", Started(Key("r", 0, 2, "f"), reused_tokens=5), 1.1)
     assert timeline.cached_tokens == 2
+
+
+def test_choices_that_wait_together_end_once_when_their_deadline_has_passed() -> None:
+    """The first took the others along, and each of them was then ended again."""
+    found = Ledger("g", "tcp://g")
+    found.join("p", "prefill")
+    found.open("r", Ask([1, 2], Sampling(), 4, deadline_s=1.0, n=3), 0.0)
+    ended = [action.choice for action in found.tick(2.0) if isinstance(action, End)]
+    assert ended == [0, 1, 2] and not len(found) and found.tick(2.0) == []
+
+
+def test_a_deadline_that_only_a_jumping_clock_has_passed_is_no_end() -> None:
+    """What a job has waited is told by Redis' clock: it may be set while the job stands there."""
+    found = Ledger("g", "tcp://g")
+    found.join("p", "prefill")
+    found.open("r", Ask([1, 2], Sampling(), 4, deadline_s=100.0), 0.0)
+    actions = found.event("p", Lost(Key("r", 0, 1, "e"), "expired"), 5.0)
+    (again,) = (action for action in actions if isinstance(action, Put))
+    assert again.job.deadline_s == 95.0
+    (end,) = (action for action in found.event("p", Lost(Key("r", 0, 2, "f"), "expired"), 99.5) if isinstance(action, End))
+    assert end.error is not None and end.error.code == "deadline_exceeded"

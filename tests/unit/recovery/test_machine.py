@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from common.messages import Sampling
+from common.names import CLASSES
 from gateway.ask import Ask
 from tests.unit.recovery.decodes import Decode
 from tests.unit.recovery.gateways import Gateway
@@ -14,6 +17,7 @@ from tests.unit.recovery.prefills import Colocated, Prefill
 from tests.unit.recovery.worker import Worker
 from tests.unit.recovery.world import World
 
+FULL = int(os.environ.get("BATON_TEST_EXAMPLES", "1500")) if os.environ.get("BATON_TEST_FULL") else 0
 CHANCES = st.sampled_from((0.0, 0.0, 0.1, 0.5))
 PICK = st.integers(0, 7)
 
@@ -32,7 +36,7 @@ class Fleet(RuleBasedStateMachine):
     )
     def build(self, seed: int, gateways: int, decodes: int, pages: int, depth: int, reuse: bool, short_tokens: int) -> None:
         self.world = World(seed, reuse=reuse, short_tokens=short_tokens)
-        self.pages, self.depth = pages, depth
+        self.pages, self.depth, self.deaths = pages, depth, 0
         self.gateways: list[Gateway] = [self.world.gateway() for _ in range(gateways)]
         self.world.prefill(pages, depth)
         for _ in range(decodes):
@@ -44,12 +48,28 @@ class Fleet(RuleBasedStateMachine):
         return workers[pick % len(workers)] if workers else None
 
     @rule(
-        pick=PICK, prompt=st.integers(1, 22), max_tokens=st.integers(1, 24), seed=st.integers(0, 5), stop=st.booleans(), n=st.integers(1, 3)
+        pick=PICK,
+        prompt=st.integers(1, 22),
+        max_tokens=st.integers(1, 24),
+        seed=st.integers(0, 5),
+        stop=st.booleans(),
+        n=st.integers(1, 3),
+        deadline_s=st.sampled_from((600.0, 600.0, 0.05, 2.5)),
+        job_class=st.sampled_from(CLASSES[1:]),
     )
-    def ask(self, pick: int, prompt: int, max_tokens: int, seed: int, stop: bool, n: int) -> None:
+    def ask(self, pick: int, prompt: int, max_tokens: int, seed: int, stop: bool, n: int, deadline_s: float, job_class: str) -> None:
         gateway = self.gateways[pick % len(self.gateways)]
         ids = [(7 * i + prompt % 3) % 40 for i in range(prompt)]
-        gateway.submit(Ask(ids, Sampling(seed=seed), max_tokens, [3, 4, 5, 6] if stop else [], n=n))
+        gateway.submit(Ask(ids, Sampling(seed=seed), max_tokens, [3, 4, 5, 6] if stop else [], deadline_s, job_class, n))
+
+    @precondition(lambda self: self.deaths < 2)
+    @rule(pick=PICK)
+    def a_gateway_dies(self, pick: int) -> None:
+        """And another one comes."""
+        at = pick % len(self.gateways)
+        self.world.kill(self.gateways[at])
+        self.gateways[at] = self.world.gateway()
+        self.deaths += 1
 
     @rule(seconds=st.sampled_from((0.001, 0.01, 0.05, 0.3, 1.0, 3.0)))
     def wait(self, seconds: float) -> None:
@@ -110,11 +130,21 @@ class Fleet(RuleBasedStateMachine):
         weather.corrupt, weather.push_fail, weather.push_stall, weather.launch_fail = corrupt, fail, stall, launch
 
     def teardown(self) -> None:
-        if hasattr(self, "world"):
-            self.world.settle()
+        if not hasattr(self, "world"):
+            return
+        self.world.settle()
+        for gateway in self.world.living(Gateway):
+            for client in gateway.clients.values():
+                late = client.last_at - client.accepted_at > client.ask.deadline_s + 1.0
+                assert not late, f"a token {client.last_at - client.accepted_at:.1f} s after it was asked, deadline {client.ask.deadline_s}"
 
 
 TestFleet = Fleet.TestCase
 TestFleet.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=FULL or 60,
+    stateful_step_count=60 if FULL else 30,
+    deadline=None,
+    derandomize=not FULL,
+    database=None,
+    suppress_health_check=list(HealthCheck),
 )
