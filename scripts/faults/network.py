@@ -35,10 +35,6 @@ class Network:
     def address(self, name: str) -> str:
         return f"{self._subnet}.{self._names.index(name) + 1}"
 
-    def device(self, name: str) -> str:
-        """The one by which it is reached."""
-        return "eth0" if name in self._names else self._bridge
-
     def within(self, name: str) -> list[str]:
         """Words before a command that is to run in there; it keeps its process id."""
         return ["ip", "netns", "exec", self._space(name)]

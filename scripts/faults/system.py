@@ -114,8 +114,6 @@ def running(shape: Shape, *, cut: bool, clocks: bool, persistent: bool, folder: 
                 continue
             inside = child.name in names
             child.flags["host"] = network.address(child.name) if inside else network.host
-            # UCX takes namespaces of one machine for one host and would try their loopback devices.
-            child.env["UCX_NET_DEVICES"] = network.device(child.name)
             child.within = network.within(child.name) if inside else []
         cluster.start()
         for url in cluster.urls:

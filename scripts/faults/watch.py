@@ -18,7 +18,7 @@ from scripts.faults.trend import trend
 EVERY_S = 0.5
 METRIC = "baton_reenqueue_seconds_bucket"
 MIB = 1 << 20
-LEAST_S = 180.0
+LEAST_S = 120.0
 """A shorter life says nothing about the slope of its memory."""
 
 

@@ -1,4 +1,4 @@
-"""Bugs that `./scripts/chaos` has found in the gateway's rules, each as the few steps that show it."""
+"""Bugs in the gateway's rules that `./scripts/chaos`, or reading for it, has found, each as the few steps that show it."""
 
 from __future__ import annotations
 
