@@ -26,7 +26,7 @@ from tests.integration.echo_desk import Script
 from tests.integration.http_fixtures import PATIENCE_S, serving
 
 FULL = bool(os.environ.get("BATON_TEST_FULL"))
-EXAMPLES = 300 if FULL else 6
+EXAMPLES = 300 if FULL else 4
 """Of each endpoint, within its description and again against it."""
 FLEET_EXAMPLES = 50
 DEADLINE_S = 1.0

@@ -36,7 +36,7 @@ class Fleet(RuleBasedStateMachine):
     )
     def build(self, seed: int, gateways: int, decodes: int, pages: int, depth: int, reuse: bool, short_tokens: int) -> None:
         self.world = World(seed, reuse=reuse, short_tokens=short_tokens)
-        self.pages, self.depth, self.deaths = pages, depth, 0
+        self.pages, self.depth, self.deaths, self.frozen_gateways = pages, depth, 0, 0
         self.gateways: list[Gateway] = [self.world.gateway() for _ in range(gateways)]
         self.world.prefill(pages, depth)
         for _ in range(decodes):
@@ -92,6 +92,7 @@ class Fleet(RuleBasedStateMachine):
         victim = self.gateways[pick % len(self.gateways)] if gateway else self._worker(pick)
         if victim is not None:
             self.world.freeze(victim, seconds)
+            self.frozen_gateways += gateway
 
     @rule(pick=PICK)
     def drain(self, pick: int) -> None:
@@ -133,6 +134,8 @@ class Fleet(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         self.world.settle()
+        if self.frozen_gateways:
+            return  # they could not end what was late
         for gateway in self.world.living(Gateway):
             for client in gateway.clients.values():
                 late = client.last_at - client.accepted_at > client.ask.deadline_s + 1.0
