@@ -82,6 +82,14 @@ def assert_no_complaint(cluster: Cluster) -> None:
         assert not any(word in log for word in ("Traceback", "not be pushed", "did not arrive")), log
 
 
+def ended(pid: int) -> bool:
+    """Gone, or dead and not yet waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("prefill", "decode"), PAIRS, ids=lambda degrees: f"tp{degrees[0]}pp{degrees[1]}")
 def test_degrees_may_differ(smollm2: Path, short: list[dict[str, Any]], prefill: Degrees, decode: Degrees) -> None:
@@ -95,14 +103,9 @@ def test_degrees_may_differ(smollm2: Path, short: list[dict[str, Any]], prefill:
         held = after["prefix_tokens_reused_total"] // 16
         assert after["received_bytes_total"] == (pages - held) * 30 * 2 * 3 * 16 * 64 * 4
         assert_no_complaint(cluster)
-
-
-def ended(pid: int) -> bool:
-    """Gone, or dead and not yet waited for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+        ranks = [pid for child in cluster.workers for pid in (child.facts or {})["ranks"]]
+        assert len(ranks) == prefill[0] * prefill[1] + decode[0] * decode[1] - 2
+    assert all(map(ended, ranks)), "a rank outlives its worker's drain"
 
 
 @pytest.mark.timeout(900)

@@ -37,14 +37,22 @@ class OnlyAttention:
     seen: list[tuple[list[int], list[int], Tensor]] = field(default_factory=list)
     """Of each launch: ids, positions, attention's output [layers, T, heads, head_dim]."""
 
-    def __call__(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool, logits_to_keep: Tensor, baton_step: Step) -> Any:
+    @property
+    def model(self) -> OnlyAttention:
+        return self
+
+    @staticmethod
+    def lm_head(rows: Tensor) -> Tensor:
+        return rows
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, use_cache: bool, baton_step: Step) -> Any:
         ids = input_ids[0]
         out = []
         for layer in range(self.q.shape[0]):
             q, k, v = (table[layer, ids].transpose(0, 1)[None] for table in (self.q, self.k, self.v))
             out.append(attend(SimpleNamespace(layer_idx=layer), q, k, v, None, 0.3, baton_step=baton_step)[0][0])
         self.seen.append((ids.tolist(), position_ids[0].tolist(), torch.stack(out)))
-        return SimpleNamespace(logits=torch.zeros(1, len(logits_to_keep), 8))
+        return SimpleNamespace(last_hidden_state=torch.zeros(1, len(ids), 8))
 
     def reference(self, layer: int, token: int) -> Tensor:
         """[heads, head_dim] in float64, one position and one head at a time."""

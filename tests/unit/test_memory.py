@@ -13,7 +13,10 @@ import torch
 from common.errors import StartError
 from common.messages import Layout
 from common.settings import WorkerSettings
+from services.engine.grid import Grid
+from services.engine.mesh import Mesh
 from services.worker import memory, room
+from services.worker.ranks import Ranks
 
 LAYOUT = Layout(30, 3, 16, 64, "bfloat16")
 MIB = 1 << 20
@@ -59,8 +62,11 @@ def test_pools_of_workers_that_start_together_fit_beside_each_other(tmp_path: Pa
     monkeypatch.setattr(room, "notes", lambda: tmp_path)
     monkeypatch.setattr(memory, "_resident_bytes", lambda pid: 0)
     settings = WorkerSettings(memory_fraction=0.5)
+    facts = room.Facts(LAYOUT, LAYOUT, 1, torch.device("cpu"), Mesh(Grid(), 0))
+    alone = Ranks(settings, Grid(), tmp_path, [[0]], "worker")
     with ThreadPoolExecutor(3) as threads:
-        taken = list(threads.map(lambda _: room.allocate(LAYOUT, torch.device("cpu"), settings, 1), range(3)))
+        taken = list(threads.map(lambda _: room.allocate(facts, settings, 1, alone), range(3)))
+    alone.close()
     assert sorted(pool.pages for pool, _ in taken) == [128, 256, 512]
     for _, found in taken:
         assert found.free_bytes == free and found.pool_bytes <= (free - found.promised_bytes) / 2
