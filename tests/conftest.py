@@ -20,6 +20,17 @@ settings.load_profile("here")
 torch.set_num_threads(1)
 
 
+SYSTEMS = {"launch", "pair"}
+"""Fixtures that start whole systems."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need both cores, or that no other process may hold up, are marked `system`: `./scripts/test` runs them one by one."""
+    for item in items:
+        if SYSTEMS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.system)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Folder of SmolLM2-135M-Instruct; `./scripts/test` fetches it and says where it is."""

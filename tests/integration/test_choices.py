@@ -118,7 +118,7 @@ def test_batch_priority_is_served(client: openai.OpenAI) -> None:
 
 
 def test_server_timing_names_the_stages(pair: Cluster) -> None:
-    asked = {"model": MODEL, "prompt": STORY, "max_tokens": 4, "ignore_eos": True}
+    asked = {"model": MODEL, "prompt": STORY, "max_tokens": 6, "ignore_eos": True}
     whole = httpx.post(f"{pair.urls[0]}/v1/completions", json=asked, timeout=30).headers["server-timing"]
     assert [stage.partition(";dur=")[0] for stage in whole.split(", ")] == [
         "prefill_queue", "prefill", "transfer", "decode_queue", "decode", "ttft", "total",

@@ -19,6 +19,8 @@ from gateway.ask import Ask
 from tests.integration.echo_desk import EchoAnswer, Script
 from tests.integration.http_fixtures import PATIENCE_S, WRITE_S, Served, completion, events, reply, request, serving
 
+pytestmark = pytest.mark.system
+
 PROMPTLY_S = 1.0
 TEXT = "/v1/completions"
 SLOW, FAST, SILENT = 100, 101, 102

@@ -16,6 +16,8 @@ from common.errors import StartError
 from scripts.launcher.valkey import Valkey
 from services.worker.lease import Gpu, Lease, LeaseLost, claim, gpu_key, keep
 
+pytestmark = pytest.mark.system
+
 ROOT = Path(__file__).parents[2]
 GPUS = [Gpu(index, f"GPU-{index}") for index in range(3)]
 HOST = "host"

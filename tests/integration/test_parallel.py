@@ -28,6 +28,7 @@ from tests.references import references
 from tests.systems import assert_conserved, figures, small
 from tests.unit.tiny_models import saved
 
+pytestmark = pytest.mark.system
 FULL = bool(os.environ.get("BATON_TEST_FULL"))
 TOKENS = 24
 ASKED = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def reference(smollm2: Path) -> Reference:
     return Reference(smollm2)
 
 
-@pytest.fixture(scope="module", params=["true", "false"])
+@pytest.fixture(scope="module", params=["true", "false"] if os.environ.get("BATON_TEST_FULL") else ["true"])
 def system(request: pytest.FixtureRequest, launch: Callable[..., Cluster]) -> Iterator[tuple[Cluster, bool]]:
     """A disaggregated system, with prefix reuse (True) and without."""
     cluster = launch(prefill=1, decode=1, worker_flags={"prefix_reuse": request.param})

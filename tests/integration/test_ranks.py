@@ -19,6 +19,7 @@ from common.settings import WorkerSettings
 from services.worker.room import Room, build
 from tests.unit.tiny_models import PLANS, pairs, saved
 
+pytestmark = pytest.mark.system
 FULL = bool(os.environ.get("BATON_TEST_FULL"))
 COMMON: dict[str, Any] = {
     "vocab_size": 211,
@@ -39,7 +40,7 @@ OPT = OPTConfig(**COMMON, ffn_dim=80, word_embed_proj_dim=32, do_layer_norm_befo
 @contextmanager
 def room(model: Path, **more: Any) -> Iterator[Room]:
     settings = WorkerSettings(model=str(model), dtype="float32", page_tokens=4, pages=100, log_level="warning", **more)
-    built = build(settings, [[min(os.sched_getaffinity(0))]] * (settings.tp * settings.pp))
+    built = build(settings, [[min(os.sched_getaffinity(0))]] * (settings.tp * settings.pp), "prefill")
     try:
         yield built
     finally:

@@ -25,6 +25,8 @@ from scripts.launcher.cluster import Cluster
 from scripts.launcher.valkey import Valkey, free_port
 from tests.integration.talk import MODEL, PATIENCE_S
 
+pytestmark = pytest.mark.system
+
 MARKER = "zyxomma"
 """A word that no log contains by itself."""
 KEY = f"{MARKER}-0123456789abcdef"

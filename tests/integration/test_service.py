@@ -18,6 +18,8 @@ import pytest
 
 from scripts.launcher.child import ROOT, die_with_parent
 
+pytestmark = pytest.mark.system
+
 END_S = 20.0
 
 PROGRAM = """

@@ -30,6 +30,8 @@ from common.seal import read_seal, seal_of
 from common.tokens import TokenPublisher, TokenSubscriber
 from scripts.launcher.child import ROOT, die_with_parent
 
+pytestmark = pytest.mark.system
+
 KEY = m.Key("r", 0, 1, "e")
 SOON_S = 5.0
 

@@ -20,6 +20,8 @@ from services.transfer.faults import Fault
 from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent
 from services.transfer.ucx import UcxTransfer
 
+pytestmark = pytest.mark.system
+
 PAGES, PAGE_BYTES = 400, 368_640
 SHARD = Shard(0, (0, 30), (0, 3))
 ALL = tuple(range(PAGES))
