@@ -25,6 +25,10 @@ LATE_SHARE = 0.1
 UNLOADED_OUTPUT = 17
 VOIDS = 3
 LOOSEST = 5.0
+REST_S = 0.25
+RESTING_CORES = 0.4
+RESTLESS_S = 5.0
+"""Before a target is asked, all of them together have used no more cores than this for so long; but nobody waits longer than the last."""
 
 Say = Callable[[str], None]
 
@@ -86,6 +90,7 @@ class Bench:
         for repeat in range(-1, repeats):  # the first round warms up
             fresh = self.questions(self._plan.least, 0)
             for target in self.targets:
+                await self._rest()
                 for n in picked if repeat >= 0 else picked[-1:]:
                     one = Question(fresh[n].text, fresh[n].input_tokens, UNLOADED_OUTPUT)
                     (record,) = await trial(target.server, [one], [0.0], 120.0)
@@ -138,6 +143,7 @@ class Bench:
         else:
             due = arrivals.gamma(count, rate, self._plan.cv, self._plan.seed + turn)
         patience = 5.0 + 1.5 * yardstick.patience_s([(q.input_tokens, q.output_tokens) for q in questions], LOOSEST)
+        await self._rest()
         before, began = self._cpu(), time.monotonic()
         records = await trial(target.server, questions, due, min(patience, 300.0))
         seconds = time.monotonic() - began
@@ -152,8 +158,18 @@ class Bench:
             f"{target.name:22} {rate:6.2f}/s  {told}; {failed} failed; late {1000 * done.late_p99_s:.0f} ms; "
             f"cores {', '.join(f'{part} {share:.2f}' for part, share in done.cpu.items())}"
         )
-        await asyncio.sleep(0.5)
         return done
+
+    async def _rest(self) -> None:
+        """Threads of some servers (OpenMP's) spin for a second after their last request, on cores that the next target computes on."""
+        give_up = time.monotonic() + RESTLESS_S
+        before = self._cpu()[""]["machine"]
+        while time.monotonic() < give_up:
+            await asyncio.sleep(REST_S)
+            now = self._cpu()[""]["machine"]
+            if now - before <= RESTING_CORES * REST_S:
+                return
+            before = now
 
     def questions(self, count: int, offset: int) -> list[Question]:
         """Shapes offset … offset + count, with text that was not asked before."""
