@@ -31,7 +31,7 @@ LostReason = Literal["preempted", "drained", "refused", "no_decode", "failed", "
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-class Key(Struct, frozen=True, array_like=True):
+class Key(Struct, frozen=True, array_like=True, gc=False):
     """One execution of one choice of one request: what every event is about."""
 
     request_id: str
@@ -62,14 +62,14 @@ class Sampling(Struct, frozen=True, omit_defaults=True):
     """Alternatives reported with each token; 0: the token's own logprob only; -1: none."""
 
 
-class Logprob(Struct, frozen=True, array_like=True):
+class Logprob(Struct, frozen=True, array_like=True, gc=False):
     """Natural log-probabilities at one position, of the model's distribution before temperature and truncation."""
 
     own: float
     top: list[tuple[int, float]] = []
 
 
-class Token(Struct, frozen=True, array_like=True):
+class Token(Struct, frozen=True, array_like=True, gc=False):
     """One output token: absolute index, vocabulary id, logprob if asked for."""
 
     index: int

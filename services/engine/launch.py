@@ -22,6 +22,6 @@ class Launch:
     """`[chunks, 4]`: first row, tokens, position of the first token, and where the sequence's page ids begin in `table`. Prompts first,
     then one-token chunks, the longest first."""
     table: Ints
-    """Page ids of each chunk, up to the page that its last token goes into."""
+    """Page ids of each chunk's sequence: those up to the page that its last token goes into, and any behind it that it has already."""
     keep: Ints
     """`[draws]` rows whose logits are wanted."""

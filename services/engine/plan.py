@@ -1,5 +1,6 @@
 """What the scheduler, the runner and the worker tell each other. Small frozen structs; no torch, no clock. Several are made for each
-sequence in each step: msgspec makes one in a tenth of a frozen dataclass's time.
+sequence in each step: msgspec makes one in a tenth of a frozen dataclass's time. None can be part of a cycle, so the garbage collector
+need not look at them (`gc=False`).
 
 A step is `plan = scheduler.next(); ticket = runner.launch(plan); …; scheduler.commit(plan, runner.collect(ticket))`.
 """
@@ -17,7 +18,7 @@ Handoff: TypeAlias = tuple[str, int]
 """A handoff seen from the decode: (prefill's incarnation, its number)."""
 
 
-class Chunk(Struct, frozen=True):
+class Chunk(Struct, frozen=True, gc=False):
     """Compute KV for `ids[start : start + tokens]` of a sequence into its pages. A decode step is a chunk of one token."""
 
     sequence: Sequence
@@ -31,21 +32,21 @@ class Chunk(Struct, frozen=True):
     """The chunk's input id is the one being drawn by the ticket still in flight: the runner takes it from there."""
 
 
-class Plan(Struct, frozen=True):
+class Plan(Struct, frozen=True, gc=False):
     """One launch: chunks of distinct sequences, in the order in which the runner packs them."""
 
     number: int
     chunks: tuple[Chunk, ...]
 
 
-class Draw(Struct, frozen=True):
+class Draw(Struct, frozen=True, gc=False):
     """A drawn token."""
 
     id: int
     logprob: Logprob | None = None
 
 
-class StepOutput(Struct, frozen=True):
+class StepOutput(Struct, frozen=True, gc=False):
     """`draws[i]` belongs to `plan.chunks[i]`; None where the chunk draws nothing."""
 
     draws: tuple[Draw | None, ...]
@@ -54,7 +55,7 @@ class StepOutput(Struct, frozen=True):
 # ------------------------------------------------------------------------------- outcomes: what the worker has to know
 
 
-class Began(Struct, frozen=True):
+class Began(Struct, frozen=True, gc=False):
     """A sequence is in a plan for the first time on this worker; `pages` are the ones it has now, in order.
 
     `reused`: tokens whose KV was in the pool already. `hashes`: of its full pages, if the engine has computed them (prefix reuse).
@@ -66,7 +67,7 @@ class Began(Struct, frozen=True):
     hashes: tuple[bytes, ...] = ()
 
 
-class Computed(Struct, frozen=True):
+class Computed(Struct, frozen=True, gc=False):
     """A prefill chunk was collected: KV of the first `tokens` tokens is in place, so `tokens // page_tokens` pages are final."""
 
     key: Key
@@ -74,7 +75,7 @@ class Computed(Struct, frozen=True):
     pages: tuple[int, ...]
 
 
-class Drawn(Struct, frozen=True):
+class Drawn(Struct, frozen=True, gc=False):
     """A new output token. With `finish` the sequence has ended and its pages are free; a parking one otherwise keeps them."""
 
     key: Key
@@ -82,7 +83,7 @@ class Drawn(Struct, frozen=True):
     finish: FinishReason | None
 
 
-class Granted(Struct, frozen=True):
+class Granted(Struct, frozen=True, gc=False):
     """Pages for an inbound handoff have been reserved: the first `shared` of them hold what is wanted already, the others are in transit
     from now on."""
 
@@ -91,13 +92,13 @@ class Granted(Struct, frozen=True):
     shared: int = 0
 
 
-class Preempted(Struct, frozen=True):
+class Preempted(Struct, frozen=True, gc=False):
     """The sequence lost its pages to older ones; it is gone from this engine."""
 
     key: Key
 
 
-class Failed(Struct, frozen=True):
+class Failed(Struct, frozen=True, gc=False):
     """A launch raised; every sequence in it is gone from this engine."""
 
     key: Key
@@ -107,7 +108,7 @@ class Failed(Struct, frozen=True):
 Outcome: TypeAlias = Began | Computed | Drawn | Granted | Preempted | Failed
 
 
-class PoolCounts(Struct, frozen=True):
+class PoolCounts(Struct, frozen=True, gc=False):
     """Pages by state; `free + cached + held + in_transit == total` always."""
 
     total: int
@@ -117,7 +118,7 @@ class PoolCounts(Struct, frozen=True):
     in_transit: int
 
 
-class Snapshot(Struct, frozen=True):
+class Snapshot(Struct, frozen=True, gc=False):
     """The engine's state after a step, for beats, claims and metrics."""
 
     step: int

@@ -35,7 +35,10 @@ class Runner:
     def __init__(self, forward: Forward, page_tokens: int) -> None:
         self._forward = forward
         self._page_tokens = page_tokens
-        self._drawn: deque[dict[Sequence, int]] = deque(maxlen=DEPTH)
+        self._drawn: deque[tuple[Plan, tuple[Draw | None, ...]]] = deque(maxlen=DEPTH)
+        """What the newest launches drew, the newest first."""
+        self._ids: dict[Sequence, int] | None = None
+        """The ids among them, by sequence: made when the first pending chunk asks."""
         self._tables: dict[Sequence, tuple[list[int], Ints]] = {}
         """Page ids of the last launch's sequences: the list, and the array made of it. Making them anew at each step would cost more than
         all else that is done here."""
@@ -48,7 +51,8 @@ class Runner:
         order = self.order(plan)
         logits = self._forward(self.arrays([plan.chunks[i] for i in order]))
         draws = self.draws(plan, order, logits)
-        self._drawn.append({c.sequence: one.id for c, one in zip(plan.chunks, draws, strict=True) if one is not None})
+        self._drawn.appendleft((plan, draws))
+        self._ids = None
         return Ticket(draws, _mark(logits.device))
 
     def collect(self, ticket: Ticket) -> StepOutput:
@@ -65,10 +69,11 @@ class Runner:
 
     def draws(self, plan: Plan, order: list[int], logits: Tensor) -> tuple[Draw | None, ...]:
         """What the plan draws, by position in it, from logits in the order in which it was packed."""
-        draws: list[Draw | None] = [None] * len(plan.chunks)
-        drawing = [i for i in order if plan.chunks[i].draws]
+        chunks = plan.chunks
+        draws: list[Draw | None] = [None] * len(chunks)
+        drawing = [i for i in order if chunks[i].draws]
         if drawing:
-            for i, one in zip(drawing, draw(logits, [self._row(plan.chunks[i]) for i in drawing]), strict=True):
+            for i, one in zip(drawing, draw(logits, self._rows([chunks[i] for i in drawing])), strict=True):
                 draws[i] = one
         return tuple(draws)
 
@@ -78,18 +83,20 @@ class Runner:
         for chunk in chunks:
             if chunk.pending:
                 ids.append(self._pending(chunk))
+            elif chunk.tokens == 1:
+                ids.append(chunk.sequence.ids[chunk.start])
             else:
                 ids += chunk.sequence.ids[chunk.start : chunk.start + chunk.tokens]
         tables = self._paged(chunks)
         tokens = np.asarray([chunk.tokens for chunk in chunks], dtype=np.int64)
         start = np.asarray([chunk.start for chunk in chunks], dtype=np.int64)
         ends = tokens.cumsum()
-        pages = (start + tokens - 1) // self._page_tokens + 1
+        pages = np.asarray([len(table) for table in tables])
         return Launch(
             ids=np.asarray(ids, dtype=np.int64),
             positions=np.arange(len(ids)) + np.repeat(start - ends + tokens, tokens),
             chunks=np.stack((ends - tokens, tokens, start, pages.cumsum() - pages), 1),
-            table=np.concatenate([table if len(table) == n else table[:n] for table, n in zip(tables, pages.tolist(), strict=True)]),
+            table=np.concatenate(tables),
             keep=ends[[chunk.draws for chunk in chunks]] - 1,
         )
 
@@ -109,14 +116,24 @@ class Runner:
 
     def _pending(self, chunk: Chunk) -> int:
         """What the newest launch that drew for this sequence drew."""
-        sequence = chunk.sequence
-        return next(drawn[sequence] for drawn in reversed(self._drawn) if sequence in drawn)
+        if self._ids is None:
+            self._ids = {}
+            for plan, draws in reversed(self._drawn):
+                self._ids.update((c.sequence, one.id) for c, one in zip(plan.chunks, draws, strict=True) if one is not None)
+        return self._ids[chunk.sequence]
 
-    def _row(self, chunk: Chunk) -> Row:
+    def _rows(self, chunks: list[Chunk]) -> list[Row]:
         """A pending id counts as output though the sequence does not have it yet."""
-        sequence = chunk.sequence
-        ids = [*sequence.ids, self._pending(chunk)] if chunk.pending else sequence.ids
-        return Row(sequence.sampling, sequence.key.choice, chunk.index, ids, sequence.prompt_tokens)
+        return [
+            Row(
+                (sequence := chunk.sequence).sampling,
+                sequence.key.choice,
+                chunk.index,
+                [*sequence.ids, self._pending(chunk)] if chunk.pending else sequence.ids,
+                sequence.prompt_tokens,
+            )
+            for chunk in chunks
+        ]
 
 
 def _mark(device: torch.device) -> torch.cuda.Event | None:

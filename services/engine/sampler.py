@@ -21,7 +21,7 @@ ROWS = {"cpu": 1, "cuda": 64}
 """Rows whose distributions are computed at a time: few, so that they stay in a core's cache; many, where a launch costs more."""
 
 
-class Row(Struct, frozen=True):
+class Row(Struct, frozen=True, gc=False):
     """What one draw depends on besides the logits."""
 
     sampling: Sampling
@@ -40,7 +40,11 @@ def uniform(seed: int, choice: int, index: int) -> float:
 def draw(logits: Tensor, rows: list[Row]) -> list[Draw]:
     """One token for each row of logits `[N, vocabulary]`."""
     adjusted = logits.float()
-    shaped = [i for i, row in enumerate(rows) if _shapes(row.sampling)]
+    shaped = [
+        i
+        for i, row in enumerate(rows)
+        if (s := row.sampling).repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0 or s.logit_bias
+    ]
     if shaped:
         adjusted = adjusted.clone()
         for i in shaped:
@@ -54,6 +58,8 @@ def draw(logits: Tensor, rows: list[Row]) -> list[Draw]:
             chosen[random] = _pick(adjusted[random], [rows[i] for i in random])
     ids = chosen.tolist()
     logprobs = _logprobs(logits, rows, ids)
+    if not logprobs:
+        return [Draw(token) for token in ids]
     return [Draw(token, logprobs.get(i)) for i, token in enumerate(ids)]
 
 
@@ -65,10 +71,6 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------- shaping
-
-
-def _shapes(s: Sampling) -> bool:
-    return bool(s.logit_bias) or s.repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0
 
 
 def shape(logits: Tensor, row: Row) -> None:

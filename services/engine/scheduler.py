@@ -116,7 +116,7 @@ class Scheduler:
         ready = self._ready(tight)
         share = self._policy([run.lacking for run in ready], len(growing), self._limits)
         runs = growing[: share.decodes]
-        chunks = [self._decode(run) for run in runs]
+        chunks = [Chunk((s := run.sequence), s.planned, 1, True, len(s.ids) - s.prompt_tokens + run.ahead, run.ahead > 0) for run in runs]
         for run, tokens in zip(ready, share.prefill, strict=False):
             chunks.append(self._prefill(run, tokens))
             runs.append(run)
@@ -147,12 +147,12 @@ class Scheduler:
         for run, chunk, draw in zip(runs, plan.chunks, output.draws, strict=True):
             if not collected(run):
                 continue
-            sequence = run.sequence
-            sequence.computed = chunk.start + chunk.tokens
-            if chunk.start < run.known:
+            sequence, start = run.sequence, chunk.start
+            sequence.computed = start + chunk.tokens
+            if start < run.known:
                 self._outcomes.append(Computed(sequence.key, sequence.computed, tuple(sequence.pages)))
             if prefixes is not None:
-                prefixes.remember(sequence, chunk.start)
+                prefixes.remember(sequence, start)
             if chunk.draws:
                 if draw is None:
                     raise ValueError(f"launch {plan.number} drew no token for {sequence.key}")
@@ -334,10 +334,6 @@ class Scheduler:
             roster.move(fork, Stage.PREFILLING)
 
     # ---------------------------------------------------------------------------------------------------------- chunks
-
-    def _decode(self, run: Run) -> Chunk:
-        sequence, ahead = run.sequence, run.ahead
-        return Chunk(sequence, sequence.planned, 1, True, len(sequence.ids) - sequence.prompt_tokens + ahead, ahead > 0)
 
     def _prefill(self, run: Run, tokens: int) -> Chunk:
         if run.stage is Stage.WAITING:
