@@ -47,6 +47,8 @@ EARLY_S = 1.0
 """A worker may find a deadline passed this long before it has by our clock; earlier, its clock or Redis' has jumped."""
 ALONE_AT = 2
 """Deaths during a launch of the request after which it runs alone; one more ends it (rule 11)."""
+UNHEARD_ENDS_AT = 5
+"""Of a worker that had claimed it and died without a word nobody knows whether it was in the launch: so many deaths end it then."""
 
 
 class Ledger:
@@ -119,7 +121,7 @@ class Ledger:
                 # A consumer that is dead and one that has lost the reply look alike: delivered, and not a word of it for as long as death
                 # takes. Who lives is not asked: one that has just started claims before its first beat is heard. It is suspected to have
                 # died of it until it speaks again.
-                actions += self._again(flight, now, suspect=state.consumer)
+                actions += self._again(flight, now, suspect=state.consumer, heard=False)
         return actions
 
     # ------------------------------------------------------------------------------------------------ the workers' side
@@ -173,7 +175,7 @@ class Ledger:
             if flight.drop_holder(worker):
                 actions += self._again(flight, now, suspect=worker if launched else None, silent_since=heard_at)
             elif flight.execution is None and flight.pending is not None and flight.pending[0] == worker:
-                actions += self._again(flight, now, suspect=worker)
+                actions += self._again(flight, now, suspect=worker, heard=False)
         return actions
 
     def seen(self, worker: Incarnation) -> list[tuple[Key, int, bool]]:
@@ -371,19 +373,21 @@ class Ledger:
             actions += self.event(sender, event.end, now)
         return actions
 
-    def _again(self, flight: Flight, now: float, *, suspect: str | None = None, silent_since: float | None = None) -> list[Action]:
-        """A new attempt behind the accepted ids, in one step (rule 2). `suspect`: what seems to have died of it (rule 11).
-        `silent_since`: the last word of who fell silent."""
+    def _again(
+        self, flight: Flight, now: float, *, suspect: str | None = None, heard: bool = True, silent_since: float | None = None
+    ) -> list[Action]:
+        """A new attempt behind the accepted ids, in one step (rule 2). `suspect`: what seems to have died of it (rule 11), `heard`: it had
+        said that it launches it. `silent_since`: the last word of who fell silent."""
         self.recoveries += 1
         actions = self._let_go(flight)
         flight.next_attempt(now)
         if suspect is not None:
             flight.suspects.add(suspect)
-        if flight.suspicion > ALONE_AT:
+        if suspect is not None and flight.suspicion >= (ALONE_AT + 1 if heard else UNHEARD_ENDS_AT):
             job = flight.job(self._gateway, self._tokens_address, self._riders(flight), now)
             error = RequestError("workers died while running this request: it is not tried again", code="poison")
             error.status, error.type = 500, "server_error"
-            return [*actions, Bury(job, "three workers died with it"), *self._end(flight, now, error=error)]
+            return [*actions, Bury(job, f"{flight.suspicion} workers died with it"), *self._end(flight, now, error=error)]
         flight.alone = flight.suspicion >= ALONE_AT
         return [*actions, self._put(flight, now, silent_since)]
 

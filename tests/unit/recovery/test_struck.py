@@ -44,21 +44,46 @@ def test_a_prompt_that_waits_for_its_handoff_is_no_longer_in_a_launch() -> None:
     assert [job.suspicion for job in jobs(ledger.dead("p", 3.0))] == [0]
 
 
-def test_a_request_that_kills_before_a_word_is_heard_of_it_ends() -> None:
-    """Claimed, never started as far as anybody knows, and the claimer dead: the third time it ends."""
-    ledger = opened()
-    ends: list[End] = []
-    buried: list[Bury] = []
-    for attempt, worker in enumerate(("p", "q", "s"), 1):
-        entry = Entry("resume", f"{attempt}-0")
+def unheard_deaths(ledger: Ledger, first: int, count: int) -> tuple[list[Job], list[Action]]:
+    """Claimed, never started as far as anybody knows, and the claimer dead, `count` times: the attempts that follow, and all else."""
+    attempts: list[Job] = []
+    others: list[Action] = []
+    for attempt in range(first, first + count):
+        worker, entry = f"w{attempt}", Entry("resume", f"{attempt}-0")
         ledger.join(worker, "prefill")
         ledger.put("r", 0, attempt, entry)
         ledger.dead(worker, 10.0 * attempt)
         ledger.judge({entry: Pending(worker, 0.5)}, 10.0 * attempt + 1)
         actions = ledger.judge({entry: Pending(worker, 3.0)}, 10.0 * attempt + 4)
-        ends += [action for action in actions if isinstance(action, End)]
-        buried += [action for action in actions if isinstance(action, Bury)]
-    assert len(buried) == 1 and isinstance(ends[0].error, RequestError) and ends[0].error.code == "poison"
+        attempts += jobs(actions)
+        others += [action for action in actions if isinstance(action, End | Bury)]
+    return attempts, others
+
+
+def test_a_request_that_kills_before_a_word_is_heard_of_it_runs_alone_and_ends_at_last() -> None:
+    attempts, others = unheard_deaths(opened(), 1, 5)
+    assert [job.alone for job in attempts] == [False, True, True, True]
+    [buried], [end] = [one for one in others if isinstance(one, Bury)], [one for one in others if isinstance(one, End)]
+    assert isinstance(end.error, RequestError) and end.error.code == "poison" and buried.reason == "5 workers died with it"
+
+
+def test_who_was_claimed_beside_poison_is_not_ended_for_it() -> None:
+    """Two launches with the poison, and then the death of a worker that had claimed it and said nothing yet: that ended it."""
+    ledger = opened()
+    for attempt, worker in enumerate(("p", "q"), 1):
+        ledger.join(worker, "prefill")
+        ledger.put("r", 0, attempt, Entry("resume", f"{attempt}-0"))
+        ledger.event(worker, Started(Key("r", 0, attempt, f"e{attempt}")), 10.0 * attempt)
+        ledger.dead(worker, 10.0 * attempt + 3)
+    attempts, others = unheard_deaths(ledger, 3, 1)
+    assert [job.alone for job in attempts] == [True] and others == []
+    ledger.join("s", "prefill")
+    ledger.put("r", 0, 4, Entry("resume", "4-0"))
+    ledger.event("s", Started(Key("r", 0, 4, "e4")), 50.0)
+    assert jobs(ledger.event("s", Lost(Key("r", 0, 4, "e4"), "drained"), 50.1)), "nor for a drain"
+    ledger.put("r", 0, 5, Entry("resume", "5-0"))
+    ledger.event("s", Started(Key("r", 0, 5, "e5")), 51.0)
+    assert any(isinstance(action, Bury) for action in ledger.dead("s", 54.0)), "a launch of its own that kills does"
 
 
 def test_a_lost_reply_of_a_living_prefill_is_no_suspicion() -> None:
