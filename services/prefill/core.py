@@ -89,11 +89,13 @@ class PrefillCore:
         return self._resolve(self.handoffs.begin(run.key, run.job, len(ids), hashes, outcome.pages, now))
 
     def _resolve(self, actions: list[handoffs.Action]) -> list[Action]:
-        """A completed handoff ends the run here; everything else is for the driver."""
+        """A handoff that is completed or given up ends the run here; everything else is for the driver."""
         resolved: list[Action] = []
         for action in actions:
             if isinstance(action, handoffs.HandedOver):
                 resolved += self.runs.handed(action.key, action.to)
+            elif isinstance(action, handoffs.GivenUp):
+                resolved += self.runs.lose(action.key, "no_decode", action.detail)
             else:
                 resolved.append(action)
         return resolved

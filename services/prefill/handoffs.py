@@ -41,6 +41,8 @@ ANSWER_S = 5.0
 """A live decode that has not judged pushed pages by then is given up."""
 SEND_S = 5.0
 """Pages that have not all left this long after the last was given away are stuck: their link is condemned."""
+FAILURES = 5
+"""So many times pages of one execution are rejected, not sent or not judged: then it is given up, for another prefill may do better."""
 
 # ------------------------------------------------------------------------------------------------------------- actions
 
@@ -99,7 +101,15 @@ class HandedOver:
     to: Incarnation
 
 
-Action: TypeAlias = Send | Push | FinishPush | Flush | ResetLink | HandedOver
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """No decode takes its pages."""
+
+    key: Key
+    detail: str
+
+
+Action: TypeAlias = Send | Push | FinishPush | Flush | ResetLink | HandedOver | GivenUp
 
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -141,7 +151,8 @@ class Going:
     first_at: float = 0.0
     handoff: Handoff | None = None
     avoid: set[Incarnation] = field(default_factory=set)
-    rejections: int = 0
+    failures: int = 0
+    """See FAILURES. Deaths and refusals do not count."""
 
 
 class Handoffs:
@@ -213,12 +224,13 @@ class Handoffs:
         return [Send(handoff.peer, handoff.word)]
 
     def push_failed(self, event: PushFailed, now: float) -> list[Action]:
-        """One failed page condemns the link: everything on it starts again on a new one, here or elsewhere."""
+        """One failed page condemns the link: everything on it starts again on a new one, here or elsewhere. It counts against the execution
+        whose page it was."""
         going = self._by_number.get(event.handoff)
         handoff = going.handoff if going is not None else self._withdrawing.get(event.handoff)
         if handoff is None:
             return []
-        return self._condemn(handoff.peer, now)
+        return self._condemn(handoff.peer, now, going, event.reason)
 
     # --------------------------------------------------------------------------------------------- what a decode says
 
@@ -246,8 +258,7 @@ class Handoffs:
             case Refused():
                 return self._elsewhere(going, now)
             case Rejected():
-                going.rejections += 1
-                return self._elsewhere(going, now, avoid=going.rejections > 1)
+                return self._again(going, now, "its pages arrived changed", avoid=going.failures > 0)
             case Committed():
                 del self._going[going.key], self._by_number[handoff.number]
                 if handoff.granted is not None:
@@ -279,11 +290,11 @@ class Handoffs:
         if handoff is None:
             return self._offer(going, now, anywhere=True)
         if handoff.finished and handoff.word is None and now - handoff.finished_at > SEND_S:
-            return self._condemn(handoff.peer, now)
+            return self._condemn(handoff.peer, now, going, "its pages did not leave")
         if handoff.granted is None and now - handoff.offered_at > OFFER_S and len(self._decodes) > 1:
             return self._elsewhere(going, now)
         if handoff.word is not None and now - handoff.word_at > ANSWER_S:
-            return self._elsewhere(going, now)
+            return self._again(going, now, "its pages were not judged")
         if now - handoff.asked_at < REPEAT_S:
             return []
         handoff.asked_at = now
@@ -340,12 +351,14 @@ class Handoffs:
             actions.append(FinishPush(handoff.number, granted.grant))
         return actions
 
-    def _condemn(self, peer: Incarnation, now: float) -> list[Action]:
-        """What goes on over this link starts again on a new one: with another decode at once, with the same at the next tick."""
+    def _condemn(self, peer: Incarnation, now: float, failed: Going | None, detail: str) -> list[Action]:
+        """What goes on over this link starts again on a new one: with another decode at once, with the same at the next tick. `failed`: the
+        one whose pages showed it."""
         for going in self._going.values():
             if going.handoff is not None and going.handoff.peer == peer:
                 going.avoid = {peer}
-        return [ResetLink(peer), *self._restart(peer, now)]
+        given_up = [] if failed is None else self._failed(failed, detail)  # nobody has to be told of its handoff: the link goes
+        return [ResetLink(peer), *self._restart(peer, now), *given_up]
 
     def _restart(self, peer: Incarnation, now: float) -> list[Action]:
         for number in [n for n, handoff in self._withdrawing.items() if handoff.peer == peer]:
@@ -359,11 +372,26 @@ class Handoffs:
                 actions += self._offer(going, now)
         return actions
 
+    def _again(self, going: Going, now: float, detail: str, *, avoid: bool = True) -> list[Action]:
+        """This handoff has failed; the decode is well."""
+        given_up = self._failed(going, detail)
+        return [*self._give_up(going, now), *given_up] if given_up else self._elsewhere(going, now, avoid=avoid)
+
     def _elsewhere(self, going: Going, now: float, *, avoid: bool = True) -> list[Action]:
         self.failures += 1
         if avoid and going.handoff is not None:
             going.avoid = {going.handoff.peer}
         return self._give_up(going, now) + self._offer(going, now)
+
+    def _failed(self, going: Going, detail: str) -> list[Action]:
+        """One handoff of it more has failed: [] if another may be tried. Otherwise it is gone, and its handoff is the caller's."""
+        going.failures += 1
+        if going.failures < FAILURES:
+            return []
+        del self._going[going.key]
+        if going.handoff is not None:
+            self._by_number.pop(going.handoff.number, None)
+        return [GivenUp(going.key, f"{FAILURES} handoffs failed, the last because {detail}")]
 
     def _give_up(self, going: Going, now: float) -> list[Action]:
         handoff, going.handoff = going.handoff, None

@@ -14,6 +14,7 @@ from common.messages import (
     Granted,
     Job,
     Key,
+    Lost,
     Offer,
     PeerBeat,
     Pushed,
@@ -34,7 +35,7 @@ from services.engine.plan import Granted as EngineGranted
 from services.prefill import handoffs
 from services.prefill.handoffs import Handoffs
 from services.prefill.routing import Holders
-from services.transfer.protocol import Arrived, Posted, Sent
+from services.transfer.protocol import Arrived, Posted, PushFailed, Sent
 from services.worker.outbox import Outbox
 from services.worker.runs import Acknowledge, Runs, Stop, Submit
 from tests.unit.recovery.test_found import KEY, LOAD, RANK, arrive, decode, job, offer, prefill
@@ -229,6 +230,47 @@ def test_a_refusal_goes_elsewhere_at_once() -> None:
     ways.decodes({"d": LOAD, "d2": LOAD})
     actions = ways.letter("d", Refused(1, "draining"), 0.1)
     assert [action.to for action in actions if isinstance(action, handoffs.Send) and isinstance(action.body, Offer)] == ["d2"]
+
+
+def test_pages_that_arrive_changed_again_and_again_are_given_up() -> None:
+    """41 pages of which every 40th was spoilt were pushed for minutes, 64 GB of them, until the request's deadline."""
+    ways = offering("d", "d2")
+    actions: list[handoffs.Action] = []
+    for number in range(1, handoffs.FAILURES + 1):
+        (going,) = ways._going.values()
+        assert going.handoff is not None and going.handoff.number == number
+        actions = ways.letter(going.handoff.peer, Rejected(number, 0, [0]), 0.1)
+    (given_up,) = [action for action in actions if isinstance(action, handoffs.GivenUp)]
+    assert given_up.key == KEY and "changed" in given_up.detail
+    assert said(actions) == [Withdraw(handoffs.FAILURES)] and len(ways) == 0
+
+
+def test_only_whose_pages_could_not_be_pushed_is_given_up() -> None:
+    ways = offering("d")
+    other = replace(KEY, choice=1)
+    ways.begin(other, job(), 3, [], (1,), 0.0)
+    actions: list[handoffs.Action] = []
+    for number in range(1, handoffs.FAILURES + 1):
+        going = ways._going[KEY]
+        assert going.handoff is not None
+        actions = ways.push_failed(PushFailed(going.handoff.number, 7, "no way to the peer"), 1.0 * number)
+        ways.tick(1.0 * number + 0.5)
+    assert actions[0] == handoffs.ResetLink("d") and [type(action) for action in actions[1:]] == [handoffs.GivenUp]
+    assert list(ways._going) == [other], "its neighbour on the same link goes on"
+
+
+def test_an_execution_whose_pages_no_decode_takes_goes_back_to_its_gateway() -> None:
+    core = prefill()
+    (submit,) = core.claimed(ENTRY, replace(job(), max_tokens=9), 0.0)
+    assert isinstance(submit, Submit)
+    key = submit.sequence.key
+    (begun,) = said(core.outcome(Began(key, (0,)), 0.1))
+    assert isinstance(begun, Offer)
+    core.handoffs._going[key].failures = handoffs.FAILURES - 1
+    (peer,) = [going.handoff.peer for going in core.handoffs._going.values() if going.handoff]
+    assert Stop(key) in core.letter(peer, Rejected(begun.handoff, 0, [0]), 0.2)
+    (word,) = [word for word in core.runs.outbox.take()["g"] if isinstance(word, Lost)]
+    assert (word.key, word.reason) == (key, "no_decode")
 
 
 def test_a_short_answer_is_written_where_its_prompt_was_read() -> None:

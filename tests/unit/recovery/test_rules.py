@@ -255,11 +255,22 @@ def test_rule_10_what_does_not_verify_is_never_shown(decodes: int) -> None:
     rejected = []
     world.wires.drop = lambda source, to, message: bool(carrying(message, Rejected) and rejected.append(message))
     gateway.submit(ASK)
-    world.run(2)
-    assert rejected and not any(len(decode.runs) for decode in found)
+    assert world.run_until(lambda: len(rejected) > 1, 2)
+    assert not any(len(decode.runs) for decode in found)
     world.weather.corrupt = 0.0
     world.settle()
     assert gateway.ledger.recoveries == 0
+
+
+def test_rule_10_a_prefill_whose_pages_never_verify_hands_the_request_back() -> None:
+    world, gateway, _, found = fleet(1, 2)
+    world.weather.corrupt = 1.0
+    gateway.submit(ASK)
+    world.run(2)
+    assert gateway.ledger.recoveries > 0 and not any(len(decode.runs) for decode in found)
+    assert all(job.suspicion == 0 for _, job in world.jobs)
+    world.weather.corrupt = 0.0
+    world.settle()
 
 
 def test_rule_11_only_deaths_during_its_launches_count_and_the_third_is_the_last() -> None:
