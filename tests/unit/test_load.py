@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.slo import Served
-from scripts.load import arrivals, plots, results
+from scripts.load import arrivals, plots, results, trials
 from scripts.load.__main__ import owned
 from scripts.load.client import Record, take
 from scripts.load.curve import Curve, needed, wilson
@@ -21,7 +22,7 @@ from scripts.load.judge import Yardstick, fixed, scales
 from scripts.load.options import parse
 from scripts.load.targets import KINDS, variants
 from scripts.load.trials import Plan, Trial
-from scripts.load.workloads import NAMED, WorkloadError, load
+from scripts.load.workloads import NAMED, Shape, Workload, WorkloadError, load
 
 STRICT = Yardstick(((0, 0.5),), 0.05)
 
@@ -257,3 +258,23 @@ def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
     assert len(files) == 6 and all(file.stat().st_size > 5000 for file in files)
     assert one["transfer_share"] == pytest.approx(1 / 6, abs=1e-6) and one["transfers_within_a_step"] == 1.0
     assert math.isclose(one["between_s"]["p50"], 0.01)
+
+
+@pytest.mark.parametrize("busy", [3, 1000])
+async def test_a_trial_waits_until_the_cores_are_at_rest_but_not_for_ever(monkeypatch: pytest.MonkeyPatch, busy: int) -> None:
+    """vLLM's threads spin for a second after its last request, on the cores of whoever is asked next."""
+    monkeypatch.setattr(trials, "REST_S", 0.001)
+    monkeypatch.setattr(trials, "RESTLESS_S", 0.2)
+    looks = []
+
+    class Watched(trials.Bench):
+        def _cpu(self) -> dict[str, dict[str, float]]:
+            looks.append(1.0 * min(len(looks), busy))
+            return {"": {"machine": looks[-1]}}
+
+    one = Watched([], Workload("known", (Shape(10, 2),), ""), None, trials.Plan(1, 20, 20, 0, 1), print)  # type: ignore[arg-type]
+    began = time.monotonic()
+    await one._rest()
+    if busy == 3:
+        assert len(looks) == busy + 2, "one look more, which shows that nothing has been done"
+    assert time.monotonic() - began < 2 and len(looks) < 500
