@@ -47,8 +47,6 @@ EARLY_S = 1.0
 """A worker may find a deadline passed this long before it has by our clock; earlier, its clock or Redis' has jumped."""
 ALONE_AT = 2
 """Deaths during a launch of the request after which it runs alone; one more ends it (rule 11)."""
-UNHEARD_ENDS_AT = 5
-"""Of a worker that had claimed it and died without a word nobody knows whether it was in the launch: so many deaths end it then."""
 
 
 class Ledger:
@@ -377,13 +375,14 @@ class Ledger:
         self, flight: Flight, now: float, *, suspect: str | None = None, heard: bool = True, silent_since: float | None = None
     ) -> list[Action]:
         """A new attempt behind the accepted ids, in one step (rule 2). `suspect`: what seems to have died of it (rule 11), `heard`: it had
-        said that it launches it. `silent_since`: the last word of who fell silent."""
+        said that it launches it. A death without a word counts if it is the first: the launch of a suspect is announced. `silent_since`:
+        the last word of who fell silent."""
         self.recoveries += 1
         actions = self._let_go(flight)
         flight.next_attempt(now)
-        if suspect is not None:
+        if suspect is not None and (heard or not flight.suspects):
             flight.suspects.add(suspect)
-        if suspect is not None and flight.suspicion >= (ALONE_AT + 1 if heard else UNHEARD_ENDS_AT):
+        if flight.suspicion > ALONE_AT:
             job = flight.job(self._gateway, self._tokens_address, self._riders(flight), now)
             error = RequestError("workers died while running this request: it is not tried again", code="poison")
             error.status, error.type = 500, "server_error"

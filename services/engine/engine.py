@@ -16,6 +16,10 @@ from services.engine.scheduler import Scheduler
 
 log = get_logger(__name__)
 
+ANNOUNCE_S = 0.1
+"""A suspect's first launch waits so long for the word that it begins to leave this process: only then a death in it is known for one.
+Nobody says when a message has left; in this time it has."""
+
 
 class Runner(Protocol):
     """Computes plans. `launch` may return before the device is done; `collect` waits for it. Either may raise: the launch has failed."""
@@ -118,6 +122,8 @@ class Engine:
             self._began_at = time.monotonic()
         self._under_way.append((plan, None))
         self._report()
+        if plan.announced:
+            time.sleep(ANNOUNCE_S)
         try:
             self._under_way[-1] = (plan, self._runner.launch(plan))
         except Exception as error:

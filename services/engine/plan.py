@@ -37,6 +37,8 @@ class Plan(Struct, frozen=True, gc=False):
 
     number: int
     chunks: tuple[Chunk, ...]
+    announced: bool = False
+    """A suspect begins in it: that must be known elsewhere before it is launched."""
 
 
 class Draw(Struct, frozen=True, gc=False):

@@ -122,6 +122,7 @@ class Scheduler:
             runs.append(run)
         if not chunks:
             return None
+        announced = False
         for run, chunk in zip(runs, chunks, strict=True):
             run.flights += 1
             run.ahead += chunk.draws
@@ -129,11 +130,12 @@ class Scheduler:
             sequence.planned += chunk.tokens
             if not sequence.began:
                 sequence.began = True
+                announced = announced or sequence.suspect
                 self._outcomes.append(Began(sequence.key, tuple(sequence.pages), sequence.reused, tuple(sequence.hashes)))
                 if sequence.reused:
                     self._outcomes.append(Computed(sequence.key, sequence.reused, tuple(sequence.pages)))
         self._planned += 1
-        plan = Plan(self._planned, tuple(chunks))
+        plan = Plan(self._planned, tuple(chunks), announced)
         self._flights.append((plan, runs))
         return plan
 

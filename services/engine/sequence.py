@@ -25,6 +25,8 @@ class Sequence:
     """On a prefill: after its first token the sequence stops, and keeps its pages until `release`."""
     reserve_all: bool = False
     """Reserve pages for everything it may ever need before it starts; such a sequence is never preempted."""
+    suspect: bool = False
+    """Workers died with it: its first launch is announced."""
     alone: bool = False
     """Starts only when nothing else runs, and nothing else starts beside it."""
     computed: int = 0

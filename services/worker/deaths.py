@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from common.errors import SettingError
+from services.engine.engine import Runner
+from services.engine.plan import Plan, StepOutput
 
 Stage = Literal["prefill_queue", "prefill", "transfer", "decode_queue", "decode"]
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode")
@@ -25,10 +26,9 @@ class Death:
         self._stage = stage
         self._left = int(nth) if text else 0
 
-    def launch(self, prompt: Sequence[int]) -> None:
-        """A launch is to contain a request with this prompt for the first time here."""
-        if self._stage == POISON and prompt[0] == self._left:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def around(self, runner: Runner) -> Runner:
+        """The runner, which dies of poison if there is to be any."""
+        return Poisoned(runner, self._left) if self._stage == POISON else runner
 
     def strike(self, stage: Stage) -> None:
         """A request has come to this stage."""
@@ -37,3 +37,19 @@ class Death:
         self._left -= 1
         if not self._left:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Poisoned:
+    """A runner that dies of the launch in which a prompt with this first token begins."""
+
+    def __init__(self, runner: Runner, token: int) -> None:
+        self._runner = runner
+        self._token = token
+
+    def launch(self, plan: Plan) -> Any:
+        if any(chunk.start == chunk.sequence.reused and chunk.sequence.ids[0] == self._token for chunk in plan.chunks):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self._runner.launch(plan)
+
+    def collect(self, ticket: Any) -> StepOutput:
+        return self._runner.collect(ticket)

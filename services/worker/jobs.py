@@ -42,6 +42,7 @@ def sequence_of(job: Job, key: Key, *, parks: bool, now: float) -> Sequence:
         order=now - job.age_s,
         parks=parks,
         reserve_all=job.reserve_all,
+        suspect=job.suspicion > 0,
         alone=job.alone,
         forks=() if parks else tuple(sequence_of(own, its, parks=False, now=now) for its, own in forked(job, key)),
     )

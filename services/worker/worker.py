@@ -26,7 +26,7 @@ from common.seal import read_seal
 from common.service import Service, end
 from common.settings import WorkerSettings
 from services.engine.engine import Engine
-from services.engine.plan import Began, Outcome, Snapshot
+from services.engine.plan import Outcome, Snapshot
 from services.worker.deaths import Death
 from services.worker.figures import Figures
 from services.worker.gateways import Gateways
@@ -65,13 +65,14 @@ class Worker(ABC, Generic[A]):
             seal=self.seal,
             fault=self.fault,
         )
-        self.engine = Engine(room.scheduler, room.runner, self._deliver, name=self.role, on_death=self._engine_died)
+        self.death = Death(settings.die)
+        runner = self.death.around(room.runner)
+        self.engine = Engine(room.scheduler, runner, self._deliver, name=self.role, on_death=self._engine_died)
         self.snapshot: Snapshot = self.engine.snapshot
         self._loop = asyncio.get_running_loop()
         self._acknowledged: asyncio.Queue[Entry] = asyncio.Queue()
         self._sequence = 0
         self._draining = False
-        self.death = Death(settings.die)
         self._settled = asyncio.Event()
         """Set while nothing is left to be acknowledged, by a gateway or to Redis."""
 
@@ -201,8 +202,6 @@ class Worker(ABC, Generic[A]):
         self.snapshot = snapshot
         now = time.monotonic()
         for outcome in outcomes:
-            if isinstance(outcome, Began) and (run := self.runs.get(outcome.key)) is not None:
-                self.death.launch(run.job.prompt)
             self._carry_out(self.outcome(outcome, now))
         self.gateways.flush()
         self.woken()

@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -128,6 +129,18 @@ def test_began_is_delivered_before_the_launch_and_a_draw_before_the_next_one() -
         diary = rig.device.diary
     assert rig.listener.launching == [(sequence("a").key,), (sequence("a").key,), ()]
     assert diary == ["Began", "launch 1", "collect 1", "Computed", "Drawn", "launch 2", "collect 2", "Drawn"]
+
+
+def test_what_begins_under_suspicion_is_announced_before_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that killed at once was never known to have been launched, and killed one worker after the other."""
+    with running() as rig:
+        monkeypatch.setattr("services.engine.engine.time.sleep", lambda seconds: rig.device.diary.append("wait"))
+        rig.submit(sequence("a", most=1))
+        rig.listener.until(rig.listener.ended(1))
+        rig.submit(replace(sequence("b", most=2), suspect=True))
+        rig.listener.until(rig.listener.ended(2))
+        diary = [line for line in rig.device.diary if not line.startswith(("collect", "Computed"))]
+    assert diary == ["Began", "launch 1", "Drawn", "Began", "wait", "launch 2", "Drawn", "launch 3", "Drawn"]
 
 
 def test_a_step_costs_its_listener_one_delivery() -> None:

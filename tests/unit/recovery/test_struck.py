@@ -6,7 +6,7 @@ from common.errors import RequestError
 from common.messages import Job, Key, Lost, Sampling, Started, Token, Tokens, WorkerBeat
 from common.queue import Entry, Pending
 from gateway.ask import Ask
-from gateway.flight import Action, Bury, End, Put
+from gateway.flight import Action, End, Put
 from gateway.ledger import Ledger
 
 ASK = Ask([1, 2, 3], Sampling(seed=1), 12)
@@ -44,46 +44,33 @@ def test_a_prompt_that_waits_for_its_handoff_is_no_longer_in_a_launch() -> None:
     assert [job.suspicion for job in jobs(ledger.dead("p", 3.0))] == [0]
 
 
-def unheard_deaths(ledger: Ledger, first: int, count: int) -> tuple[list[Job], list[Action]]:
-    """Claimed, never started as far as anybody knows, and the claimer dead, `count` times: the attempts that follow, and all else."""
-    attempts: list[Job] = []
-    others: list[Action] = []
-    for attempt in range(first, first + count):
-        worker, entry = f"w{attempt}", Entry("resume", f"{attempt}-0")
+def test_only_the_first_death_without_a_word_counts() -> None:
+    """Whoever is claimed in one go with poison dies like that again and again, and was ended for it; a suspect's launch is announced."""
+    ledger = opened()
+    suspicions = []
+    for attempt, worker in enumerate("pqstu", 1):
+        entry = Entry("resume", f"{attempt}-0")
         ledger.join(worker, "prefill")
         ledger.put("r", 0, attempt, entry)
         ledger.dead(worker, 10.0 * attempt)
         ledger.judge({entry: Pending(worker, 0.5)}, 10.0 * attempt + 1)
-        actions = ledger.judge({entry: Pending(worker, 3.0)}, 10.0 * attempt + 4)
-        attempts += jobs(actions)
-        others += [action for action in actions if isinstance(action, End | Bury)]
-    return attempts, others
+        suspicions += [job.suspicion for job in jobs(ledger.judge({entry: Pending(worker, 3.0)}, 10.0 * attempt + 4))]
+    assert suspicions == [1] * 5
 
 
-def test_a_request_that_kills_before_a_word_is_heard_of_it_runs_alone_and_ends_at_last() -> None:
-    attempts, others = unheard_deaths(opened(), 1, 5)
-    assert [job.alone for job in attempts] == [False, True, True, True]
-    [buried], [end] = [one for one in others if isinstance(one, Bury)], [one for one in others if isinstance(one, End)]
-    assert isinstance(end.error, RequestError) and end.error.code == "poison" and buried.reason == "5 workers died with it"
-
-
-def test_who_was_claimed_beside_poison_is_not_ended_for_it() -> None:
-    """Two launches with the poison, and then the death of a worker that had claimed it and said nothing yet: that ended it."""
+def test_a_request_that_kills_ends_at_the_third_death_though_nothing_was_heard_before_the_first() -> None:
     ledger = opened()
-    for attempt, worker in enumerate(("p", "q"), 1):
+    entry = Entry("interactive", "1-0")
+    ledger.put("r", 0, 1, entry)
+    (second,) = jobs(ledger.judge({entry: Pending("p", 3.0)}, 4.0))
+    assert second.suspicion == 1 and not second.alone
+    ends = []
+    for attempt, worker in enumerate(("q", "s"), 2):
         ledger.join(worker, "prefill")
         ledger.put("r", 0, attempt, Entry("resume", f"{attempt}-0"))
         ledger.event(worker, Started(Key("r", 0, attempt, f"e{attempt}")), 10.0 * attempt)
-        ledger.dead(worker, 10.0 * attempt + 3)
-    attempts, others = unheard_deaths(ledger, 3, 1)
-    assert [job.alone for job in attempts] == [True] and others == []
-    ledger.join("s", "prefill")
-    ledger.put("r", 0, 4, Entry("resume", "4-0"))
-    ledger.event("s", Started(Key("r", 0, 4, "e4")), 50.0)
-    assert jobs(ledger.event("s", Lost(Key("r", 0, 4, "e4"), "drained"), 50.1)), "nor for a drain"
-    ledger.put("r", 0, 5, Entry("resume", "5-0"))
-    ledger.event("s", Started(Key("r", 0, 5, "e5")), 51.0)
-    assert any(isinstance(action, Bury) for action in ledger.dead("s", 54.0)), "a launch of its own that kills does"
+        ends = [action for action in ledger.dead(worker, 10.0 * attempt + 3) if isinstance(action, End)]
+    assert isinstance(ends[0].error, RequestError) and ends[0].error.code == "poison"
 
 
 def test_a_lost_reply_of_a_living_prefill_is_no_suspicion() -> None:
