@@ -14,6 +14,7 @@ from common.messages import Identity, Role
 from common.queue import connect
 from common.service import Service, run
 from common.settings import WorkerSettings
+from services.transfer import environment
 from services.worker.lease import leased
 from services.worker.room import Room, build, cleared, pin
 
@@ -49,6 +50,7 @@ def start(kind: Kind) -> int:
 
     async def main(settings: WorkerSettings, service: Service) -> None:
         shares = pin(settings)
+        environment.follow(settings.host)
         redis = connect(settings.redis_url, settings.redis_ca_file)
         try:
             async with leased(settings, redis, service):

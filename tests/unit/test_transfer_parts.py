@@ -117,6 +117,29 @@ def test_the_operators_own_ucx_settings_win(monkeypatch: pytest.MonkeyPatch) -> 
     assert os.environ["UCX_KEEPALIVE_INTERVAL"] == "1s"
 
 
+@pytest.mark.parametrize(
+    ("host", "given", "expected"),
+    [
+        ("10.0.0.1", {}, {environment.BRIDGES: "y", environment.DEVICES: "^docker0,empty"}),
+        ("10.0.0.1", {environment.DEVICES: "all"}, {environment.BRIDGES: "y", environment.DEVICES: "^docker0,empty"}),
+        ("10.0.0.1", {environment.DEVICES: "br0"}, {environment.BRIDGES: "y", environment.DEVICES: "br0"}),
+        ("10.0.0.1", {environment.BRIDGES: "n"}, {environment.BRIDGES: "n"}),
+        ("10.9.9.9", {}, {}),
+    ],
+)
+def test_only_the_bridge_whose_address_is_announced_carries_pages(
+    monkeypatch: pytest.MonkeyPatch, host: str, given: dict[str, str], expected: dict[str, str]
+) -> None:
+    monkeypatch.setattr(environment, "_bridges", lambda: {"br0": "10.0.0.1", "docker0": "172.17.0.1", "empty": ""})
+    for name in (environment.BRIDGES, environment.DEVICES):
+        monkeypatch.setenv(name, "")  # so that what is set here is undone
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    environment.follow(host)
+    assert {name: os.environ[name] for name in (environment.BRIDGES, environment.DEVICES) if name in os.environ} == expected
+
+
 def test_places_refuse_what_is_not_a_pool() -> None:
     for pages in (torch.zeros(4, 8), torch.zeros(32, dtype=torch.uint8), torch.zeros(4, 16, dtype=torch.uint8)[:, ::2]):
         with pytest.raises(ValueError, match="contiguous uint8"):

@@ -1,0 +1,107 @@
+"""Pages by TCP between network namespaces behind a bridge and the machine that has the bridge."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scripts.faults.network import Network, NetworkError
+from services.transfer.protocol import Arrived, Posted, PushFailed, Sent
+from tests.integration.far_end import ALL, SHARD
+
+pytestmark = pytest.mark.system
+
+START_S, WAIT_S = 60.0, 20.0
+
+
+class End:
+    """A process with a transfer, as seen from here."""
+
+    def __init__(self, wire: Connection) -> None:
+        self.wire = wire
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        self.wire.send((method, arguments))
+
+    def next(self, kind: type, timeout_s: float = WAIT_S) -> Any:
+        assert self.wire.poll(timeout_s), f"no {kind.__name__} within {timeout_s} s"
+        event = self.wire.recv()
+        assert isinstance(event, kind), event
+        return event
+
+    def expect(self, grant: int) -> Any:
+        self.tell("expect", "sender", grant, ALL, ALL, (SHARD,))
+        return self.next(Posted).ranks[0]
+
+    def push(self, rank: Any, grant: int, peer: str = "receiver") -> None:
+        self.tell("push", peer, rank, grant, grant, ALL, ALL)
+        self.tell("finish_push", grant, grant)
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    if lacking := Network.lacking():
+        pytest.skip(f"no network namespaces here: {lacking}")
+    with ExitStack() as stack:
+        try:
+            network = stack.enter_context(Network(("near", "far")))
+        except NetworkError as error:
+            pytest.skip(f"no network namespaces here: {error}")
+        yield network
+
+
+@pytest.fixture
+def end(network: Network, tmp_path: Path) -> Iterator[Callable[[str], End]]:
+    """Starts one in a namespace, or with "" on the machine itself."""
+    with ExitStack() as stack:
+
+        def start(name: str) -> End:
+            words, host = (network.within(name), network.address(name)) if name else ([], network.host)
+            path = str(tmp_path / (name or "host"))
+            listener = stack.enter_context(Listener(path, "AF_UNIX"))
+            command = [*words, sys.executable, "-m", "tests.integration.far_end", path, host]
+            process = subprocess.Popen(command, env={**os.environ, "UCX_TLS": "tcp,self"})
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            listener._listener._socket.settimeout(START_S)  # type: ignore[attr-defined]
+            one = End(stack.enter_context(listener.accept()))
+            assert one.wire.poll(START_S), "not ready"
+            assert one.wire.recv() == "ready"
+            return one
+
+        yield start
+
+
+def test_pages_cross_a_bridge_from_and_to_the_machine_that_has_it(end: Callable[[str], End]) -> None:
+    """UCX by itself leaves bridges out, and there is no other way."""
+    host, far = end(""), end("far")
+    for grant, (sender, receiver) in enumerate(((host, far), (far, host)), 1):
+        sender.push(receiver.expect(grant), grant)
+        assert sender.next(Sent).checksums == receiver.next(Arrived).checksums
+
+
+def test_a_peer_that_is_cut_off_holds_up_nobody_else(network: Network, end: Callable[[str], End]) -> None:
+    """UCX by itself waits for each connection, on the thread that serves all peers."""
+    host, near, far = end(""), end("near"), end("far")
+    lost = far.expect(1)
+    network.cut("far")
+    host.push(lost, 1, "far")
+    began = time.monotonic()
+    host.push(near.expect(2), 2, "near")
+    assert host.next(Sent).grant == 2
+    assert time.monotonic() - began < 2.0
+    assert host.next(PushFailed).grant == 1
+    assert time.monotonic() - began < 7.0
+    network.heal("far")
+    host.tell("close_peer", "far")
+    host.push(far.expect(3), 3, "far again")
+    assert host.next(Sent).grant == 3
