@@ -20,6 +20,8 @@ AGAIN_S = 1.0
 """A process that ended by itself is started again after this long."""
 DRAIN_S = 170.0
 """A process that has not drained by then has failed."""
+ORPHAN_S = 45.0
+"""So long after its gateway was killed a poison's job may still be claimed, and kill."""
 UNCLEAR_S = 4.0
 """So long after Redis or a gateway was away, what a gateway measures of others' deaths says nothing."""
 
@@ -99,8 +101,9 @@ class Striker:
             return
         if strike.kind == "poison":
             self._poisonous += 1
+            killed = len(self._killed)
             await self._poison()
-            await asyncio.sleep(2 * LOOK_S)
+            await asyncio.sleep(2 * LOOK_S if len(self._killed) == killed else ORPHAN_S)
             self._poisonous -= 1
             return
         self._down.add(strike.target)

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -18,6 +19,7 @@ from common.queue import JobQueue, connect
 from scripts.launcher.valkey import Valkey
 
 FULL = int(os.environ.get("BATON_TEST_EXAMPLES", "400")) if os.environ.get("BATON_TEST_FULL") else 0
+pytestmark = pytest.mark.timeout(3600 if os.environ.get("BATON_TEST_FULL") else 120)
 CONSUMERS = st.sampled_from(["a", "b"])
 JOB_CLASSES = st.sampled_from(names.CLASSES)
 CHOOSE = st.integers(0, 30)

@@ -24,6 +24,7 @@ GRANTED = m.Granted(1, 2, [5, -1, 6], [m.GrantedRank(SHARD, b"\x00ucx\xff")])
 BEAT = m.WorkerBeat("decode", 7, 70, True, 3.0, 5, 10, 2, 1, holding=[m.Holding(KEY, 6, False, True)])
 
 EXAMPLES = int(os.environ.get("BATON_TEST_EXAMPLES", "50000")) if os.environ.get("BATON_TEST_FULL") else 300
+pytestmark = pytest.mark.timeout(3600 if os.environ.get("BATON_TEST_FULL") else 120)
 
 EVENTS: list[Any] = [
     m.Started(KEY, 0.1),

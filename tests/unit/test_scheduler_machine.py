@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -19,6 +20,7 @@ from services.engine.scheduler import Scheduler
 from services.engine.sequence import Sequence
 
 FULL = int(os.environ.get("BATON_TEST_EXAMPLES", "3000")) if os.environ.get("BATON_TEST_FULL") else 0
+pytestmark = pytest.mark.timeout(3600 if os.environ.get("BATON_TEST_FULL") else 120)
 PAGE, STOP, OTHER = 2, 0, 9
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -18,6 +19,7 @@ from tests.unit.recovery.worker import Worker
 from tests.unit.recovery.world import World
 
 FULL = int(os.environ.get("BATON_TEST_EXAMPLES", "1500")) if os.environ.get("BATON_TEST_FULL") else 0
+pytestmark = pytest.mark.timeout(3600 if os.environ.get("BATON_TEST_FULL") else 120)
 CHANCES = st.sampled_from((0.0, 0.0, 0.1, 0.5))
 PICK = st.integers(0, 7)
 
