@@ -78,6 +78,10 @@ class Striker:
 
     # ---------------------------------------------------------------------------------------------------------- inside
 
+    @property
+    def _gateways_killed(self) -> int:
+        return sum(name.startswith("gateway") for name, _ in self._killed)
+
     def _ready(self, name: str) -> bool:
         if name == "redis":
             return self._system.valkey.alive
@@ -101,9 +105,9 @@ class Striker:
             return
         if strike.kind == "poison":
             self._poisonous += 1
-            killed = len(self._killed)
+            killed = self._gateways_killed
             await self._poison()
-            await asyncio.sleep(2 * LOOK_S if len(self._killed) == killed else ORPHAN_S)
+            await asyncio.sleep(2 * LOOK_S if self._gateways_killed == killed else ORPHAN_S)
             self._poisonous -= 1
             return
         self._down.add(strike.target)

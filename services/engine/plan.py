@@ -38,7 +38,7 @@ class Plan(Struct, frozen=True, gc=False):
     number: int
     chunks: tuple[Chunk, ...]
     announced: bool = False
-    """A suspect begins in it: that must be known elsewhere before it is launched."""
+    """The prompt of a suspect begins in it: that must be known elsewhere before it is launched."""
 
 
 class Draw(Struct, frozen=True, gc=False):

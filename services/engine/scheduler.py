@@ -130,7 +130,7 @@ class Scheduler:
             sequence.planned += chunk.tokens
             if not sequence.began:
                 sequence.began = True
-                announced = announced or sequence.suspect
+                announced = announced or (sequence.suspect and chunk.start < run.known)
                 self._outcomes.append(Began(sequence.key, tuple(sequence.pages), sequence.reused, tuple(sequence.hashes)))
                 if sequence.reused:
                     self._outcomes.append(Computed(sequence.key, sequence.reused, tuple(sequence.pages)))

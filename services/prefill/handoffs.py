@@ -168,7 +168,6 @@ class Handoffs:
         self._withdrawing: dict[int, Handoff] = {}
         self._decodes: Mapping[Incarnation, Load] = {}
         self._last = 0
-        self.failures = 0
         self.spared_pages = 0
         """Pages that were not sent because the decode held them, of handoffs that it has committed."""
 
@@ -368,7 +367,6 @@ class Handoffs:
             if going.handoff is not None and going.handoff.peer == peer:
                 del self._by_number[going.handoff.number]
                 going.handoff = None
-                self.failures += 1
                 actions += self._offer(going, now)
         return actions
 
@@ -378,7 +376,6 @@ class Handoffs:
         return [*self._give_up(going, now), *given_up] if given_up else self._elsewhere(going, now, avoid=avoid)
 
     def _elsewhere(self, going: Going, now: float, *, avoid: bool = True) -> list[Action]:
-        self.failures += 1
         if avoid and going.handoff is not None:
             going.avoid = {going.handoff.peer}
         return self._give_up(going, now) + self._offer(going, now)

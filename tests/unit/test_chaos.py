@@ -11,8 +11,9 @@ import pytest
 from common.errors import SettingError
 from common.faults import MessageFault, parse
 from scripts.faults.__main__ import options
-from scripts.faults.schedule import LONGEST_S, WEIGHTS, Possible, plan, rolling
+from scripts.faults.schedule import LONGEST_S, WEIGHTS, Possible, Strike, plan, rolling
 from scripts.faults.score import Answer, Score
+from scripts.faults.strikes import ORPHAN_S, Striker
 from scripts.faults.trend import trend
 from scripts.faults.watch import buckets
 
@@ -107,6 +108,24 @@ def test_poison_must_end_as_poison() -> None:
     ended, survived = (Answer("poison", [""], 3, error="it died", code=code) for code in ("poison", "deadline_exceeded"))
     assert scored(answer(), ended).failures() == []
     assert scored(answer(), survived).failures() == ["poison that was not recognised"]
+
+
+@pytest.mark.parametrize(("victim", "lingers"), [("gateway-0", True), ("prefill-0", False)])
+async def test_poison_may_still_kill_after_its_gateway_was_killed(monkeypatch: pytest.MonkeyPatch, victim: str, lingers: bool) -> None:
+    """Its job is in the queue: the worker that then died of it was counted as one that had ended by itself."""
+    waits = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        assert striker._poisonous == 1
+
+    async def poison() -> None:
+        striker._killed.add((victim, 0))
+
+    striker = Striker(None, Score(), 1, poison, print)  # type: ignore[arg-type]
+    monkeypatch.setattr("scripts.faults.strikes.asyncio.sleep", sleep)
+    await striker._strike(Strike(0.0, "poison", "all", 0.0))
+    assert striker._poisonous == 0 and (waits == [ORPHAN_S]) is lingers
 
 
 def test_a_run_without_answers_and_one_with_crashes_fail() -> None:

@@ -285,6 +285,20 @@ def test_a_prompt_that_runs_alone_is_not_starved_by_offers() -> None:
     assert names(rig.step(), Began) == ["suspect"]
 
 
+def test_of_a_suspect_only_the_launch_of_its_prompt_is_announced() -> None:
+    """On a decode the wait would lengthen everybody's gap and tell the gateway nothing."""
+    rig = Rig(32)
+    rig.submit(sequence("a", 4, suspect=True))
+    first = rig.scheduler.next()
+    assert first is not None and first.announced
+    rig.scheduler.abort(first, "over")
+    rig.scheduler.reserve(("p", 1), sequence("b", 4, suspect=True))
+    rig.step()
+    rig.scheduler.admit(("p", 1), Token(0, 9))
+    later = rig.scheduler.next()
+    assert later is not None and len(later.chunks) == 1 and not later.announced
+
+
 # ------------------------------------------------------------------------------------------------- growth, preemption
 
 
