@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from services.engine.cuda import triton_operators
 from services.engine.cuda.triton_operators import TritonOperators
 from tests.kernel_cases import CASES, SHAPES, Shape
 
@@ -32,7 +33,7 @@ class Compiler:
 
     def run(self, kernel: Any, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
         values = dict(zip(kernel.arg_names, args, strict=False)) | named
-        options = {name: values.pop(name) for name in ("num_warps", "num_stages") if name in values}
+        options = {name: values.pop(name) for name in ("num_warps", "num_stages", "launch_pdl") if name in values}
         constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
         signature = {name: "constexpr" if name in constant else _kind(value) for name, value in values.items()}
         aligned = [name for name, value in values.items() if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)]
@@ -66,6 +67,7 @@ def main() -> None:
     capability = int(sys.argv[1])
     compiler = Compiler(capability)
     triton.runtime.jit.JITFunction.run = lambda self, *args, **named: compiler.run(self, *args, **named)
+    triton_operators.can_overlap = lambda device: capability >= 90
     for shape in (SHAPES["grouped"], LLAMA):
         for dtype in (torch.bfloat16, torch.float32):
             for case in CASES.values():

@@ -16,6 +16,8 @@ import torch
 
 from tests.kernel_cases import CASES, SHAPES
 
+BRIEF = {torch.float32: ("decode", "prefill"), torch.bfloat16: ("decode", "prefill", "product", "gate")}
+
 
 def mend(interpreter: Any, language: Any) -> None:
     """Two faults of Triton 3.6's interpreter: it wants an int of an array of one element, which numpy from 2.4 on refuses, and it
@@ -36,7 +38,7 @@ def mend(interpreter: Any, language: Any) -> None:
 
 
 def main() -> None:
-    """All kernels on one shape, attention on an odd one and in bfloat16; with BATON_TEST_FULL everything."""
+    """All kernels on one shape, attention on an odd one, attention and products in bfloat16; with BATON_TEST_FULL everything."""
     assert os.environ.get("TRITON_INTERPRET") == "1"
     torch.set_num_threads(1)
     mend(importlib.import_module("triton.runtime.interpreter"), importlib.import_module("triton.language"))
@@ -48,7 +50,7 @@ def main() -> None:
     found = []
     for shape, dtype in runs:
         for name, case in CASES.items():
-            if not full and (shape, dtype) != ("grouped", torch.float32) and name not in ("decode", "prefill"):
+            if not full and (shape, dtype) != ("grouped", torch.float32) and name not in BRIEF[dtype]:
                 continue
             seed = secrets.randbits(40)
             error, bound = case(operators, SHAPES[shape], dtype, torch.device("cpu"), seed)

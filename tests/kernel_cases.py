@@ -18,6 +18,8 @@ from services.engine.cuda.reference import ReferenceOperators
 BOUND = {torch.float32: 4e-6, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
 """A few roundings of the type."""
 REFERENCE = ReferenceOperators()
+INPUTS, GATED_OUTPUTS = 256, 128
+"""Of products: they divide into tiles."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +77,42 @@ def norm(do: Operators, shape: Shape, dtype: torch.dtype, device: torch.device, 
     x, delta, weight = given.normal(7, 3 * shape.dim), given.normal(7, 3 * shape.dim), given.normal(3 * shape.dim)
     plain = do.norm(x, weight, 1e-5)
     error = _error(plain, REFERENCE.norm(x.double(), weight.double(), 1e-5))
-    wanted = (x + delta).double()
-    found = do.add_norm(x, delta, weight, 1e-5)
-    error = max(error, _error(x, wanted), _error(found, REFERENCE.norm(wanted, weight.double(), 1e-5)))
+    parts = torch.randn(3, *x.shape, generator=given.random).to(device)
+    for more, sum in ((delta, delta.double()), (parts, parts.double().sum(0))):
+        wanted = x.double() + sum
+        found = do.add_norm(x, more, weight, 1e-5)
+        error = max(error, _error(x, wanted), _error(found, REFERENCE.norm(x.double(), weight.double(), 1e-5)))
     return error, BOUND[dtype]
 
 
 def gate(do: Operators, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Result:
-    both = Inputs(shape, dtype, device, seed, []).normal(5, 2 * 19 * shape.dim)
-    both[0] *= 100
-    return _error(do.gate(both), REFERENCE.gate(both.double())), BOUND[dtype]
+    """Of few rows, and of many, which the library multiplies; in half precision one of numbers so large that the gate is open or shut."""
+    given, error = Inputs(shape, dtype, device, seed, []), 0.0
+    weight = given.normal(2 * GATED_OUTPUTS, INPUTS) / INPUTS**0.5
+    for rows in (5, 70):
+        x = given.normal(rows, INPUTS)
+        x[0] *= 100 if dtype.itemsize == 2 else 1
+        error = max(error, _error(do.gated(x, weight, None), REFERENCE.gated(x.double(), weight.double(), None)))
+    return error, BOUND[dtype]
+
+
+def product(do: Operators, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Result:
+    """Of few rows and of many, in parts and whole, with a shape that divides and one that does not, with a bias and without."""
+    given, error = Inputs(shape, dtype, device, seed, []), 0.0
+    for outputs in (GATED_OUTPUTS, 40):
+        weight, bias = given.normal(outputs, INPUTS) / INPUTS**0.5, given.normal(outputs)
+        for rows in (1, 17, 64, 70):
+            x = given.normal(rows, INPUTS)
+            for added in (None, bias):
+                wanted = REFERENCE.product(x.double(), weight.double(), None if added is None else added.double())
+                for whole in (False, True):
+                    found = do.product(x, weight, added, whole=whole)
+                    error = max(error, _error(found if found.dim() == 2 else found.sum(0), wanted))
+    return error, BOUND[dtype]
 
 
 def put(do: Operators, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Result:
-    """With norms and without; a token of padding writes nothing."""
+    """With norms (and in parts) and without; a token of padding writes nothing."""
     size, error = shape.page_tokens, 0.0
     for normed in (False, True):
         given = Inputs(shape, dtype, device, seed, [3 * size])
@@ -100,6 +124,8 @@ def put(do: Operators, shape: Shape, dtype: torch.dtype, device: torch.device, s
         angle = torch.rand(50, shape.dim // 2, generator=given.random).to(device) * 6
         angles, norms = (angle.cos(), angle.sin()), given.normal(2, shape.dim) if normed else None
         qkv = given.normal(tokens, (shape.heads.heads + 2 * shape.kv_heads) * shape.dim)
+        if normed:
+            qkv = torch.stack((qkv.float(), torch.randn(qkv.shape, generator=given.random).to(device)))
         wanted = given.pages.double()
         queries = REFERENCE.put(qkv.double(), wanted, angles, None if norms is None else norms.double(), rows, shape.heads)
         error = max(error, _error(do.put(qkv, given.pages, angles, norms, rows, shape.heads), queries), _error(given.pages, wanted))
@@ -153,7 +179,15 @@ def move(do: Operators, shape: Shape, dtype: torch.dtype, device: torch.device, 
     return max(_error(packed, REFERENCE.gather(pool, ids, layers, heads).double()), _error(fresh, wanted.double())), 0.0
 
 
-CASES: dict[str, Case] = {"norm": norm, "gate": gate, "put": put, "decode": decode, "prefill": prefill, "move": move}
+CASES: dict[str, Case] = {
+    "norm": norm,
+    "gate": gate,
+    "product": product,
+    "put": put,
+    "decode": decode,
+    "prefill": prefill,
+    "move": move,
+}
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:

@@ -1,8 +1,10 @@
-"""A small model on the GPU, greedy, against transformers: packed prompts in chunks, then decode in company, by graphs and eagerly."""
+"""A small model on the GPU, greedy, against transformers: packed prompts in chunks, then decode in company, by graphs and eagerly,
+each launch made while the one before it is under way."""
 
 from __future__ import annotations
 
 import tempfile
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common.messages import Key, Sampling
 from common.settings import Kernels
+from services.engine.cuda.runner import runner
 from services.engine.forward import place
 from services.engine.model import load
-from services.engine.plan import Chunk, Plan
+from services.engine.pages import PagePool
+from services.engine.plan import Plan
+from services.engine.policies import Limits
 from services.engine.pool import Pool
 from services.engine.runner import Runner
 from services.engine.sampler import Row, draw
+from services.engine.scheduler import Scheduler
 from services.engine.sequence import Sequence
 
 LENGTHS = (1, 15, 16, 17, 130, 333, 600)
@@ -65,7 +71,7 @@ def greedy(path: Path, dtype: str, kernels: Kernels, device: str = "cuda") -> di
     over = place(loaded, kernels, most_batch=5)  # so that steps of 7 run eagerly, and those of 5 and fewer padded or not
     pool = Pool(loaded.layout, pages, device)
     pool.tensor.fill_(float("nan"))  # before it is written it is no number
-    sequences = generate(Runner(over(pool), PAGE_TOKENS), loaded.vocabulary, pages)
+    sequences = generate(runner(over(pool), PAGE_TOKENS), loaded.vocabulary, pages)
     reference = (
         AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="eager").float().to(device).eval()
     )
@@ -80,33 +86,27 @@ def greedy(path: Path, dtype: str, kernels: Kernels, device: str = "cuda") -> di
 
 
 def generate(runner: Runner, vocabulary: int, pages: int) -> list[Sequence]:
-    """Greedy outputs. Prompts go in chunks, the last ones beside the first ones' decode steps; the shorter half ends sooner."""
+    """Greedy outputs through the scheduler, as many launches under way as the runner likes. Prompts go in chunks, the last ones beside the
+    first ones' decode steps; every second one ends at half the length."""
     random = torch.Generator().manual_seed(11)
-    order = torch.randperm(pages, generator=random).tolist()
+    limits = Limits(budget_tokens=128, chunk_tokens=128, max_batch=len(LENGTHS))
+    scheduler = Scheduler(PagePool(pages, PAGE_TOKENS), "chunked", limits, depth=runner.depth)
     sequences = []
     for number, length in enumerate(LENGTHS):
         ids = torch.randint(3, vocabulary, (length,), generator=random).tolist()
-        sequence = Sequence(Key(str(number), 0, 0, "e"), ids, length, Sampling(temperature=0), OUTPUT)
-        count = -(-(length + OUTPUT) // PAGE_TOKENS)
-        sequence.pages, order = order[:count], order[count:]
-        sequences.append(sequence)
-    number = 0
+        due = OUTPUT if number % 2 else OUTPUT // 2
+        sequences.append(Sequence(Key(str(number), 0, 0, "e"), ids, length, Sampling(temperature=0), due))
+        scheduler.submit(sequences[-1])
+    under_way: deque[tuple[Plan, Any]] = deque()
     while True:
-        chunks = []
-        for row, sequence in enumerate(sequences):
-            due = OUTPUT if row % 2 else OUTPUT // 2
-            left = len(sequence.ids) - sequence.planned
-            if len(sequence.ids) < sequence.prompt_tokens + due:
-                tokens = min(left, 128)
-                chunks.append(Chunk(sequence, sequence.planned, tokens, tokens == left, sequence.index))
-                sequence.planned += tokens
-        if not chunks:
+        plan = scheduler.next()
+        if plan is not None:
+            under_way.append((plan, runner.launch(plan)))
+        elif under_way:
+            plan, ticket = under_way.popleft()
+            scheduler.commit(plan, runner.collect(ticket))
+        else:
             return sequences
-        number += 1
-        output = runner.collect(runner.launch(Plan(number, tuple(chunks))))
-        for chunk, drawn in zip(chunks, output.draws, strict=True):
-            if drawn is not None:
-                chunk.sequence.ids.append(drawn.id)
 
 
 def draws() -> dict[str, Any]:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.messages import Layout
+from common.messages import Key, Layout, Sampling, Token
 from services.engine.bench import launches, work
 from services.engine.bench.work import Shapes
 from services.engine.cuda.forward import CudaForward
 from services.engine.cuda.operators import Heads
-from services.engine.cuda.triton_operators import TritonOperators
+from services.engine.cuda.runner import runner
+from services.engine.cuda.triton_operators import TritonOperators, Ways
 from services.engine.cuda.weights import Layer, Weights
+from services.engine.pages import PagePool
+from services.engine.plan import Plan
+from services.engine.policies import Limits
 from services.engine.pool import Pool
+from services.engine.scheduler import Scheduler
+from services.engine.sequence import Sequence
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, DIM, VOCABULARY = 32, 4096, 14336, 32, 8, 128, 128256
 CONTEXT = 8192
@@ -25,6 +33,12 @@ PRODUCT = 8192
 STREAM_BYTES = 4 << 30
 MOST_BATCH = 256
 REPEATS = 10
+STEPS, WARM_UP = 32, 4
+WAYS = {
+    "as it is": Ways(),
+    "without overlap": Ways(overlap=False),
+    "the library's products": Ways(products=False, overlap=False),
+}
 
 
 @torch.inference_mode()
@@ -33,34 +47,58 @@ def results(model: str | None) -> Iterator[tuple[str, Any]]:
     yield "ceilings", {"flops_per_s": products, "read_bytes_per_s": reads, "copied_bytes_per_s": copies}
     pool = Pool(Layout(LAYERS, KV_HEADS, launches.PAGE_TOKENS, DIM, "bfloat16"), GRID.pages, "cuda")
     pool.tensor.normal_()
-    weights = random_weights()
-    began = time.monotonic()
-    graphed = CudaForward(weights, TritonOperators(), pool, MOST_BATCH)
-    torch.cuda.synchronize()
-    yield "capture", {"batches_up_to": MOST_BATCH, "seconds": time.monotonic() - began}
-    due = shapes()
-    ways = {"graphs": graphed, "eager": CudaForward(weights, TritonOperators(), pool)}
-    for way, forward in ways.items():
+    weights, due = random_weights(), shapes()
+    for way, ways in WAYS.items():
+        began = time.monotonic()
+        forward = CudaForward(weights, TritonOperators(ways), pool, MOST_BATCH)
+        torch.cuda.synchronize()
+        yield f"capture, {way}", {"batches_up_to": MOST_BATCH, "seconds": time.monotonic() - began}
         for case in launches.cases(forward, GRID):
+            step = next((one for one in GRID.steps if launches.step_name(*one) == case.name), None)
+            prompt = next((one for one in GRID.prompts if launches.prompt_name(one) == case.name), ())
+            if step is None and way != "as it is":
+                continue  # prompts run eagerly, through the library's products, in any case
             for _ in range(3):
                 case.run()
             times = sorted(second for _ in range(REPEATS) for second in case.seconds())
-            step = next((one for one in GRID.steps if launches.step_name(*one) == case.name), None)
-            prompt = next((one for one in GRID.prompts if launches.prompt_name(one) == case.name), ())
-            if step is None and way == "eager":
-                continue  # prompts run eagerly in any case
             bound = work.bound(work.decode(due, *step) if step else work.prefill(due, prompt), products, reads)
-            median = times[len(times) // 2]
-            yield (
-                f"{case.name}, {way}",
-                {
-                    "ms": 1e3 * median,
-                    "least_ms": 1e3 * times[0],
-                    "bound_ms": 1e3 * bound.seconds,
-                    "by": bound.by,
-                    "over": median / bound.seconds,
-                },
-            )
+            yield f"{case.name}, {way}", figures(times, bound)
+        if way == "as it is":
+            for step in GRID.steps:
+                bound = work.bound(work.decode(due, step[0], step[1] - STEPS // 2), products, reads)
+                yield f"{launches.step_name(*step)}, one after the other", figures(steady(forward, *step), bound)
+        del forward
+
+
+def figures(times: list[float], bound: work.Bound) -> dict[str, Any]:
+    times = sorted(times)
+    median = times[len(times) // 2]
+    return {"ms": 1e3 * median, "least_ms": 1e3 * times[0], "bound_ms": 1e3 * bound.seconds, "by": bound.by, "over": median / bound.seconds}
+
+
+def steady(forward: CudaForward, batch: int, context: int) -> list[float]:
+    """Seconds between the ends of a worker's decode steps up to this context: through scheduler and runner, a launch ahead."""
+    computes = runner(forward, launches.PAGE_TOKENS)
+    book = PagePool(batch * -(-context // launches.PAGE_TOKENS), launches.PAGE_TOKENS)
+    scheduler = Scheduler(book, "prefill_first", Limits(1 << 20, 1 << 20, batch, 2), depth=computes.depth)
+    for number in range(batch):
+        ids = [100 + (7 * i + number) % 400 for i in range(context - STEPS)]
+        sequence = Sequence(Key(str(number), 0, 0, "e"), ids, len(ids), Sampling(temperature=0), STEPS)
+        scheduler.reserve(("sender", number), sequence)
+    under_way: deque[tuple[Plan, Any]] = deque()
+    scheduler.next()
+    for number in range(batch):
+        scheduler.admit(("sender", number), Token(0, 100))
+    ends: list[float] = []
+    while (plan := scheduler.next()) or under_way:
+        if plan is not None:
+            under_way.append((plan, computes.launch(plan)))
+            continue
+        oldest, ticket = under_way.popleft()
+        scheduler.commit(oldest, computes.collect(ticket))
+        ends.append(time.perf_counter())
+    gaps = [later - sooner for sooner, later in itertools.pairwise(ends)]
+    return gaps[WARM_UP:-WARM_UP]
 
 
 def ceilings() -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""Pages between two processes of one GPU over UCX: 64 MiB as one page, and as pages of Llama-3-8B."""
+"""Pages between two processes of one GPU over UCX: 64 MiB at once and many times over, and a prompt of 2,048 tokens of Llama-3-8B."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 from services.transfer.bench import MEMCPY_BYTES, MIB, Work, measure
 
 REPEATS = 7
-WORKS = {"contiguous": Work(1, 64 * MIB, REPEATS), "paged": Work(32, 2 * MIB, REPEATS)}
+WORKS = {
+    "64 MiB": Work(1, 64 * MIB, REPEATS),
+    "16 x 64 MiB": Work(16, 64 * MIB, REPEATS),
+    "32 pages of 2 MiB": Work(32, 2 * MIB, REPEATS),
+    "2048 tokens, 128 pages of 2 MiB": Work(128, 2 * MIB, REPEATS),
+}
 
 
 def results(model: str | None) -> Iterator[tuple[str, Any]]:
@@ -19,4 +24,5 @@ def results(model: str | None) -> Iterator[tuple[str, Any]]:
     for name, of in WORKS.items():
         seconds = medians[of]
         rates = {f"{kind}_gb_s": of.bytes / seconds[kind] / 1e9 for kind in ("plain", "checked")}
-        yield name, {**rates, "copy_gb_s": MEMCPY_BYTES / seconds["memcpy"] / 1e9}
+        times = {f"{kind}_us": 1e6 * seconds[kind] for kind in ("plain", "checked")}
+        yield name, {**rates, **times, "copy_gb_s": MEMCPY_BYTES / seconds["memcpy"] / 1e9}

@@ -25,3 +25,5 @@ class Launch:
     """Page ids of each chunk's sequence: those up to the page that its last token goes into, and any behind it that it has already."""
     keep: Ints
     """`[draws]` rows whose logits are wanted."""
+    sources: Ints | None = None
+    """`[T]`: which of the ids that the launch before this one draws each token is; -1: what stands in `ids`, and so does None for all."""

@@ -22,8 +22,10 @@ class Flight:
 class PipelinedRunner:
     """Launches are collected in their order. None may hold a pending chunk: its token would be known only after it is needed."""
 
-    def __init__(self, leader: Leader, page_tokens: int) -> None:
+    def __init__(self, leader: Leader, page_tokens: int, stages: int) -> None:
         self._leader = leader
+        self.depth = stages
+        """A launch in each."""
         self._runner = Runner(leader, page_tokens)
 
     @torch.inference_mode()

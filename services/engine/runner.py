@@ -32,6 +32,9 @@ class Ticket:
 class Runner:
     """One model over one pool with pages of `page_tokens`. Not thread-safe: it belongs to the engine's thread."""
 
+    depth = 1
+    """Launches that are worth having under way at a time."""
+
     def __init__(self, forward: Forward, page_tokens: int) -> None:
         self._forward = forward
         self._page_tokens = page_tokens

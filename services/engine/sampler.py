@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from msgspec import Struct
@@ -37,30 +39,61 @@ def uniform(seed: int, choice: int, index: int) -> float:
     return (int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
+@dataclass(frozen=True, slots=True)
+class Picked:
+    """What has been drawn, where the logits are: nothing has been waited for."""
+
+    ids: Tensor
+    """int64 `[N]`."""
+    table: Tensor | None
+    """float64 `[described, 1 + 2 * most]`: the drawn token's log-probability, those of the likeliest, and their ids."""
+    described: dict[int, int]
+    """Rows whose log-probabilities are wanted, and how many of the likeliest."""
+
+    def read(self) -> list[Draw]:
+        """Waits for the device."""
+        return drawn(self.ids.tolist(), [] if self.table is None else self.table.tolist(), self.described)
+
+
+def drawn(ids: list[int], table: list[list[float]], described: dict[int, int]) -> list[Draw]:
+    """From what `Picked` holds, on the host."""
+    if not described:
+        return [Draw(token) for token in ids]
+    found = {}
+    for line, (row, count) in zip(table, described.items(), strict=True):
+        most = len(line) // 2
+        found[row] = Logprob(line[0], [(int(top), value) for top, value in zip(line[1 + most :], line[1 : 1 + count], strict=False)])
+    return [Draw(token, found.get(row)) for row, token in enumerate(ids)]
+
+
 def draw(logits: Tensor, rows: list[Row]) -> list[Draw]:
     """One token for each row of logits `[N, vocabulary]`."""
+    return pick(logits, rows).read()
+
+
+def looks_back(sampling: Sampling) -> bool:
+    """Whether a draw depends on the ids before it."""
+    return sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+
+
+def pick(logits: Tensor, rows: list[Row]) -> Picked:
+    """`draw`, still on the device."""
     adjusted = logits.float()
-    shaped = [
-        i
-        for i, row in enumerate(rows)
-        if (s := row.sampling).repetition_penalty != 1 or s.presence_penalty != 0 or s.frequency_penalty != 0 or s.logit_bias
-    ]
+    shaped = [i for i, row in enumerate(rows) if looks_back(row.sampling) or row.sampling.logit_bias]
     if shaped:
         adjusted = adjusted.clone()
         for i in shaped:
             shape(adjusted[i], rows[i])
     random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if len(random) == len(rows):
-        chosen = _pick(adjusted, rows)
+        chosen = _sampled(adjusted, rows)
     else:
         chosen = likeliest(adjusted)
         if random:
-            chosen[random] = _pick(adjusted[random], [rows[i] for i in random])
-    ids = chosen.tolist()
-    logprobs = _logprobs(logits, rows, ids)
-    if not logprobs:
-        return [Draw(token) for token in ids]
-    return [Draw(token, logprobs.get(i)) for i, token in enumerate(ids)]
+            where = _sent(random, torch.int64, logits.device)
+            chosen[where] = _sampled(adjusted[where], [rows[i] for i in random])
+    described = {i: row.sampling.logprobs for i, row in enumerate(rows) if row.sampling.logprobs >= 0}
+    return Picked(chosen, _logprobs(logits, chosen, described) if described else None, described)
 
 
 def likeliest(logits: Tensor) -> Tensor:
@@ -68,6 +101,13 @@ def likeliest(logits: Tensor) -> Tensor:
     if logits.device.type == "cpu":  # numpy takes a tenth of torch's time
         return torch.from_numpy(logits.numpy().argmax(-1))
     return logits.argmax(-1)
+
+
+def _sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A list as a tensor. To a GPU it goes from pinned memory: any other copy would wait for all that is under way there."""
+    if device.type == "cpu":
+        return torch.tensor(values, dtype=dtype)
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- shaping
@@ -81,27 +121,26 @@ def shape(logits: Tensor, row: Row) -> None:
     """
     s = row.sampling
     if s.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(row.ids)), device=logits.device)
+        seen = _sent(sorted(set(row.ids)), torch.int64, logits.device)
         values = logits[seen]
         logits[seen] = torch.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
     if s.presence_penalty or s.frequency_penalty:
         counts = Counter(row.ids[row.prompt_tokens :])
         if counts:
-            seen = torch.tensor(list(counts), device=logits.device)
-            times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+            seen = _sent(list(counts), torch.int64, logits.device)
+            times = _sent(list(counts.values()), logits.dtype, logits.device)
             logits[seen] -= s.presence_penalty + s.frequency_penalty * times
     if s.logit_bias:
-        biased = torch.tensor(list(s.logit_bias), device=logits.device)
-        logits[biased] += torch.tensor(list(s.logit_bias.values()), device=logits.device, dtype=logits.dtype)
+        logits[_sent(list(s.logit_bias), torch.int64, logits.device)] += _sent(list(s.logit_bias.values()), logits.dtype, logits.device)
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
 
 
-def _pick(logits: Tensor, rows: list[Row]) -> Tensor:
-    """Sampled ids `[N]` of logits `[N, vocabulary]`."""
-    heat = torch.tensor([row.sampling.temperature for row in rows], dtype=torch.float64, device=logits.device)
-    u = torch.tensor([uniform(r.sampling.seed, r.choice, r.index) for r in rows], dtype=torch.float64, device=logits.device)
+def _sampled(logits: Tensor, rows: list[Row]) -> Tensor:
+    """Ids `[N]` of logits `[N, vocabulary]`, none of them greedy."""
+    heat = _sent([row.sampling.temperature for row in rows], torch.float64, logits.device)
+    u = _sent([uniform(r.sampling.seed, r.choice, r.index) for r in rows], torch.float64, logits.device)
     chosen = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     at_a_time = ROWS[logits.device.type]
     for first in range(0, len(rows), at_a_time):
@@ -115,7 +154,7 @@ def _pick(logits: Tensor, rows: list[Row]) -> Tensor:
                 kept, ids = truncated(weights[i], rows[first + i].sampling)
                 chosen[first + i] = ids[invert(kept[None], u[first + i, None])[0]]
         elif cut:
-            where = torch.tensor(cut, device=logits.device)
+            where = _sent(cut, torch.int64, logits.device)
             kept, ids = truncated_rows(weights[where], [rows[first + i].sampling for i in cut])
             chosen[first + where] = ids.gather(1, invert(kept, u[first + where])[:, None])[:, 0]
     return chosen
@@ -153,7 +192,7 @@ def truncated_rows(weights: Tensor, samplings: list[Sampling]) -> tuple[Tensor, 
     all rows are sorted at once. What is kept begins every row, so that a sum over it is the same."""
 
     def column(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=weights.device)[:, None]
+        return _sent(values, dtype, weights.device)[:, None]
 
     everything = weights.shape[1]
     ordered, ids = weights.sort(dim=-1, descending=True, stable=True)
@@ -189,17 +228,9 @@ def invert(weights: Tensor, u: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ logprobs
 
 
-def _logprobs(logits: Tensor, rows: list[Row], ids: list[int]) -> dict[int, Logprob]:
-    """Of the model's own distribution: before bias, penalties, temperature and truncation."""
-    wanted = [i for i, row in enumerate(rows) if row.sampling.logprobs >= 0]
-    if not wanted:
-        return {}
-    table = torch.log_softmax(logits[wanted].float(), -1)
-    chosen = table.gather(1, torch.tensor([ids[i] for i in wanted], device=table.device)[:, None])
-    values, tops = table.topk(max(rows[i].sampling.logprobs for i in wanted), dim=-1)
-    lines = torch.cat((chosen.double(), values.double(), tops.double()), 1).tolist()  # one copy from the device; ids are exact
-    found = {}
-    for line, i in zip(lines, wanted, strict=True):
-        count, most = rows[i].sampling.logprobs, values.shape[1]
-        found[i] = Logprob(line[0], [(int(top), value) for top, value in zip(line[1 + most :], line[1 : 1 + count], strict=False)])
-    return found
+def _logprobs(logits: Tensor, chosen: Tensor, described: dict[int, int]) -> Tensor:
+    """`Picked.table`, of the model's own distribution: before bias, penalties, temperature and truncation."""
+    where = _sent(list(described), torch.int64, logits.device)
+    table = torch.log_softmax(logits[where].float(), -1)
+    values, tops = table.topk(max(described.values()), dim=-1)
+    return torch.cat((table.gather(1, chosen[where, None]).double(), values.double(), tops.double()), 1)  # ids are exact in float64

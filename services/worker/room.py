@@ -17,6 +17,7 @@ from common.logs import get_logger
 from common.messages import Identity, Layout, Role, Shard
 from common.settings import WorkerSettings, cores
 from services.engine.calibrate import measure
+from services.engine.cuda.runner import runner
 from services.engine.forward import place
 from services.engine.grid import Grid
 from services.engine.mesh import Mesh
@@ -111,8 +112,8 @@ def _build(settings: WorkerSettings, where: Path, ranks: Ranks, role: Role) -> R
     pages = pool.pages
     if pages < needed:
         raise StartError(f"{pages} pages, but a request of {most_tokens} tokens needs {needed}: raise pages or lower max_request_tokens")
-    runner = runner_over(pool)
-    budgets = measure(runner, layout.page_tokens, min(pages * layout.page_tokens, facts.context_tokens), settings.chunk_s)
+    computes = runner_over(pool)
+    budgets = measure(computes, layout.page_tokens, min(pages * layout.page_tokens, facts.context_tokens), settings.chunk_s)
     limits = Limits(settings.budget_tokens or budgets.budget_tokens, budgets.chunk_tokens, settings.max_batch, settings.growth_pages)
     identity = _identity(where, settings, layout, facts.context_tokens, needed)
     log.info("engine built", pages=pages, page_bytes=layout.page_bytes, dtype=layout.dtype, rate=round(budgets.rate), **_words(limits))
@@ -121,8 +122,8 @@ def _build(settings: WorkerSettings, where: Path, ranks: Ranks, role: Role) -> R
         shards=grid.shards(layout),
         ranks=ranks,
         pool=pool,
-        runner=runner,
-        scheduler=_scheduler(settings, role, pages, limits, identity),
+        runner=computes,
+        scheduler=_scheduler(settings, role, pages, limits, identity, computes.depth),
         limits=limits,
         budget_tokens=limits.budget_tokens,
         longest_step_s=budgets.longest_step_s,
@@ -134,14 +135,14 @@ def _build(settings: WorkerSettings, where: Path, ranks: Ranks, role: Role) -> R
 
 def cleared(room: Room, settings: WorkerSettings, role: Role) -> Room:
     """The same weights and pool for a worker of another role; whatever the pages held is forgotten."""
-    return replace(room, scheduler=_scheduler(settings, role, room.pool.pages, room.limits, room.identity))
+    return replace(room, scheduler=_scheduler(settings, role, room.pool.pages, room.limits, room.identity, room.runner.depth))
 
 
-def _scheduler(settings: WorkerSettings, role: Role, pages: int, limits: Limits, identity: Identity) -> Scheduler:
+def _scheduler(settings: WorkerSettings, role: Role, pages: int, limits: Limits, identity: Identity, depth: int) -> Scheduler:
     book = PagePool(pages, identity.page_tokens, keep_cached=settings.prefix_reuse)
     policy = "decode_first" if role == "prefill" else settings.policy
     reuse = identity.fingerprint if settings.prefix_reuse else None
-    return Scheduler(book, policy, limits, depth=settings.pp, stages=settings.pp, reuse=reuse)
+    return Scheduler(book, policy, limits, depth=depth, stages=settings.pp, reuse=reuse)
 
 
 @dataclass(frozen=True)
@@ -164,15 +165,15 @@ def _weights(where: Path, settings: WorkerSettings, ranks: Ranks) -> tuple[Facts
         loaded = load(where, settings.device, settings.dtype, settings.page_tokens)
         facts = Facts(loaded.layout, loaded.layout, loaded.context_tokens, loaded.device, mesh)
         over = place(loaded, settings.kernels, settings.kernels_folder, settings.max_batch)
-        return facts, lambda pool: Runner(over(pool), facts.layout.page_tokens)
+        return facts, lambda pool: runner(over(pool), facts.layout.page_tokens)
     whole, loaded = part(where, settings.device, settings.dtype, settings.page_tokens, mesh)
     facts = Facts(whole, loaded.layout, loaded.context_tokens, loaded.device, mesh)
 
-    def runner(pool: Pool) -> Runner | PipelinedRunner:
-        leader = Leader(stage_of(loaded, pool, mesh), ranks.launch, ranks.lost)
-        return (PipelinedRunner if ranks.grid.pp > 1 else Runner)(leader, whole.page_tokens)
+    def leading(pool: Pool) -> Runner | PipelinedRunner:
+        leader, stages = Leader(stage_of(loaded, pool, mesh), ranks.launch, ranks.lost), ranks.grid.pp
+        return PipelinedRunner(leader, whole.page_tokens, stages) if stages > 1 else Runner(leader, whole.page_tokens)
 
-    return facts, runner
+    return facts, leading
 
 
 def allocate(facts: Facts, settings: WorkerSettings, needed: int, ranks: Ranks) -> tuple[Pool, Memory]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,22 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from common.messages import Key, Sampling
 from services.engine.cuda.forward import Body, CudaForward
 from services.engine.cuda.graphs import Step, padded, sizes
 from services.engine.cuda.inputs import blocks
 from services.engine.cuda.reference import ReferenceOperators
+from services.engine.cuda.runner import runner
 from services.engine.cuda.weights import fused, refusal
 from services.engine.launch import Launch
 from services.engine.model import load
+from services.engine.pages import PagePool
+from services.engine.plan import Drawn, Outcome, Plan
+from services.engine.policies import Limits
 from services.engine.pool import Pool
 from services.engine.runner import Runner
+from services.engine.scheduler import Scheduler
+from services.engine.sequence import Sequence
 from services.engine.torch_forward import TorchForward
 from tests.unit.tiny_models import PLANS, pairs, saved
 
@@ -93,6 +101,49 @@ def test_the_module_still_works_and_shares_the_memory(tmp_path: Path) -> None:
 def test_what_it_cannot_run_is_refused_in_words(config: PreTrainedConfig, words: str, tmp_path: Path) -> None:
     saved(config, tmp_path)
     assert words in (refusal(load(tmp_path, "cpu", "float32", 16)) or "nothing")
+
+
+# ---------------------------------------------------------------------------------------------------- one launch ahead
+
+
+def test_ids_are_the_same_one_launch_ahead(tmp_path: Path) -> None:
+    """A pending chunk takes its id from the launch before it: greedy, sampled, with penalties that look back, with log-probabilities."""
+    saved(CONFIGS["grouped"], tmp_path, std=0.1)
+    loaded = load(tmp_path, "cpu", "float32", 16)
+    samplings = [
+        Sampling(temperature=0, logprobs=3),
+        Sampling(seed=5),
+        Sampling(seed=6, top_k=20, repetition_penalty=1.3),
+        Sampling(temperature=0, frequency_penalty=1.5, presence_penalty=0.5),
+        Sampling(seed=7, top_p=0.8),
+    ]
+
+    def outcomes(depth: int) -> list[Drawn]:
+        forward = CudaForward(fused(loaded), ReferenceOperators(), Pool(loaded.layout, 120, "cpu"))
+        computes = runner(forward, 16)
+        scheduler = Scheduler(PagePool(120, 16), "chunked", Limits(40, 40, 8), depth=depth)
+        for number, sampling in enumerate(samplings):
+            ids = list(range(3, 20 + 17 * number))
+            scheduler.submit(Sequence(Key(str(number), 0, 0, "e"), ids, len(ids), sampling, 9 + 3 * number))
+        found: list[Outcome] = []
+        under_way: deque[tuple[Plan, Any]] = deque()
+        pending = 0
+        while (plan := scheduler.next()) or under_way:
+            if plan is not None:
+                pending += sum(chunk.pending for chunk in plan.chunks)
+                under_way.append((plan, computes.launch(plan)))
+            else:
+                oldest, ticket = under_way.popleft()
+                scheduler.commit(oldest, computes.collect(ticket))
+                found += scheduler.take_outcomes()
+        assert computes.depth == 2 and (pending > 20) == (depth > 1)
+        return sorted((one for one in found if isinstance(one, Drawn)), key=lambda one: (one.key.request_id, one.token.index))
+
+    at_once, ahead = outcomes(1), outcomes(2)
+    assert [one.token.id for one in ahead] == [one.token.id for one in at_once]
+    assert len(ahead) == sum(9 + 3 * number for number in range(len(samplings)))
+    assert [one.finish for one in ahead] == [one.finish for one in at_once]
+    assert all((one.token.logprob is not None) == (one.key.request_id == "0") for one in ahead)
 
 
 # -------------------------------------------------------------------------------------------------------- decode steps

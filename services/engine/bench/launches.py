@@ -10,11 +10,11 @@ import torch
 from common.messages import Key, Sampling
 from services.engine.bench.rounds import Case
 from services.engine.bench.work import Shapes
+from services.engine.cuda.runner import runner
 from services.engine.forward import Forward
 from services.engine.model import LoadedModel
 from services.engine.plan import Chunk, Plan
 from services.engine.pool import Pool
-from services.engine.runner import Runner
 from services.engine.sequence import Sequence
 
 PAGE_TOKENS = 16
@@ -81,10 +81,10 @@ def fill(pool: Pool) -> None:
 
 def cases(forward: Forward, wanted: Grid) -> list[Case]:
     """Named by `prompt_name` and `step_name`. From launch to collected, greedy."""
-    runner = Runner(forward, PAGE_TOKENS)
+    computes = runner(forward, PAGE_TOKENS)
 
     def launched(plan: Plan) -> Callable[[], object]:
-        return lambda: runner.collect(runner.launch(plan))
+        return lambda: computes.collect(computes.launch(plan))
 
     found = [Case(prompt_name(lengths), launched(_prompts(lengths))) for lengths in wanted.prompts]
     return found + [Case(step_name(*step), launched(_step(*step)), repeats=STEPS) for step in wanted.steps]

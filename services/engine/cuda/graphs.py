@@ -25,10 +25,10 @@ from services.engine.pool import Pool
 
 log = get_logger(__name__)
 
-FIELDS = 5
-"""Arrays of one int for each row: ids, positions, slots, where pages begin, lengths."""
-PADDING = np.asarray([0, 0, -1, 0, 0], dtype=np.int32)[:, None]
-"""A row of no sequence: no slot, no length."""
+FIELDS = 6
+"""Arrays of one int for each row: ids, positions, slots, where pages begin, lengths, sources."""
+PADDING = np.asarray([0, 0, -1, 0, 0, -1], dtype=np.int32)[:, None]
+"""A row of no sequence: no slot, no length, no source."""
 WARM_UPS = 2
 """Before a capture: kernels are compiled, and libraries allocate what they keep."""
 TABLE_INTS = 1 << 22
@@ -60,16 +60,18 @@ class Step:
 
     def views(self, size: int, parts: int) -> Inputs:
         """The inputs of a batch of this size."""
-        ids, positions, where, begins, lengths = (self._there[i * self._stride :][:size] for i in range(FIELDS))
+        ids, positions, where, begins, lengths, sources = (self._there[i * self._stride :][:size] for i in range(FIELDS))
         table = self._there[FIELDS * self._stride :]
-        return Inputs(Rows(ids, positions, where), 0, None, Singles(begins, lengths, table, parts), None)
+        return Inputs(Rows(ids, positions, where, sources), 0, None, Singles(begins, lengths, table, parts), None)
 
     def fill(self, launch: Launch, size: int, page_tokens: int) -> None:
         """Send what a batch padded to `size` reads. The last copy must have left the pinned memory."""
         batch = len(launch.chunks)
         begins, starts = launch.chunks[:, 3], launch.chunks[:, 2]
-        for row, values in zip(self._fields, (launch.ids, launch.positions, slots(launch, page_tokens), begins, starts + 1), strict=True):
-            row[:batch] = values
+        sources = -1 if launch.sources is None else launch.sources
+        values = launch.ids, launch.positions, slots(launch, page_tokens), begins, starts + 1, sources
+        for row, value in zip(self._fields, values, strict=True):
+            row[:batch] = value
         self._fields[:, batch:size] = PADDING
         used = FIELDS * self._stride + len(launch.table)
         self._here[FIELDS * self._stride : used] = launch.table

@@ -35,10 +35,10 @@ def inputs(launch: Launch, like: Heads, dtype: torch.dtype, device: torch.device
     tile = BLOCK_ROWS[dtype.itemsize]
     prompts, singles = split(launch.chunks)
     parts = [launch.ids, launch.positions, slots(launch, like.page_tokens), launch.table, prompts, blocks(prompts, tile)]
-    parts += [singles[:, 3], singles[:, 2] + 1, launch.keep]
-    ids, positions, where, table, chunks, tiles, begins, lengths, keep = shipped(parts, device)
+    parts += [singles[:, 3], singles[:, 2] + 1, launch.keep, launch.ids[:0] if launch.sources is None else launch.sources]
+    ids, positions, where, table, chunks, tiles, begins, lengths, keep, sources = shipped(parts, device)
     return Inputs(
-        rows=Rows(ids, positions, where),
+        rows=Rows(ids, positions, where, None if launch.sources is None else sources),
         prompt_rows=int(prompts[:, 1].sum()),
         prompts=Prompts(chunks.view(-1, 4), tiles.view(-1, 2), tile, table) if len(prompts) else None,
         singles=Singles(begins, lengths, table, splits(len(singles), like.kv_heads, device)) if len(singles) else None,
@@ -75,5 +75,7 @@ def shipped(parts: list[Ints], device: torch.device) -> list[Tensor]:
     flat: NDArray[np.int32] = np.zeros(begins[-1], dtype=np.int32)
     for part, begin, size in zip(parts, begins, sizes, strict=False):
         flat[begin : begin + size] = part.ravel()
-    there = torch.from_numpy(flat).to(device)
+    here = torch.from_numpy(flat)
+    # From pinned memory: any other copy to a GPU would wait for the launch under way.
+    there = here if device.type == "cpu" else here.pin_memory().to(device, non_blocking=True)
     return [there[begin : begin + size] for begin, size in zip(begins, sizes, strict=False)]

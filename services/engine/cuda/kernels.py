@@ -1,9 +1,12 @@
-"""Triton kernels: norms, gates, new keys and values into pages, attention over pages, slices of pages.
+"""Triton kernels: norms, gates, products of few rows, new keys and values into pages, attention over pages, slices of pages.
 
 A layer's pages are `[pages, 2, kv_heads, page_tokens, head_dim]`, strided by whole pages. Whatever changes from step to step is read from
 device memory (positions, slots, lengths, page tables), so that a launch in a CUDA graph stays good. Sums are float32 whatever the type.
 Positions beyond a sequence's end are never loaded: their memory may hold anything. Softmax is computed with powers of 2, `scale`
 includes log2(e).
+
+With OVERLAP a program begins while the launch before it ends (programmatic dependent launch, from Hopper on): every kernel of a decode
+step waits for it before it reads or writes anything that the step computes, so that what came earlier still is complete.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -12,17 +15,33 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LINE: tl.constexpr = tl.constexpr(128)
+"""Bytes that one prefetch brings."""
 
 
 @triton.jit
-def norm(x, delta, weight, out, epsilon, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr):
-    """One row of `WIDTH` a program: `x += delta` if it ADDS, `out = x / rms(x) * weight`."""
+def follow(OVERLAP: tl.constexpr):
+    """Wait for the launch before this one, and let the next one begin."""
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def norm(x, delta, weight, out, epsilon, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, OVERLAP: tl.constexpr):
+    """One row of `WIDTH` a program: `x += ` the sum of the PARTS of `delta`, `[PARTS, rows, WIDTH]`, then `out = x / rms(x) * weight`."""
+    follow(OVERLAP)
     at = tl.program_id(0).to(tl.int64) * WIDTH
     columns = tl.arange(0, BLOCK)
     live = columns < WIDTH
     row = tl.load(x + at + columns, mask=live, other=0.0)
-    if ADDS:
-        row = (row.to(tl.float32) + tl.load(delta + at + columns, mask=live, other=0.0).to(tl.float32)).to(row.dtype)
+    if PARTS > 0:
+        sum = row.to(tl.float32)
+        for part in tl.static_range(PARTS):
+            sum += tl.load(delta + part * tl.num_programs(0).to(tl.int64) * WIDTH + at + columns, mask=live, other=0.0).to(tl.float32)
+        row = sum.to(row.dtype)
         tl.store(x + at + columns, row, mask=live)
     wide = row.to(tl.float32)
     root = tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + epsilon)
@@ -40,6 +59,54 @@ def gate(both, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     wide = left.to(tl.float32)
     right = tl.load(at + WIDTH, mask=live, other=0.0).to(tl.float32)
     tl.store(out + row * WIDTH + columns, (wide / (1.0 + tl.exp(-wide)) * right).to(left.dtype), mask=live)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def product(
+    x,
+    weight,
+    out,
+    rows,
+    outputs,
+    inputs,
+    share,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GATED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """`x @ weight.T` of few rows, for OUTPUTS columns of all of them and `share` of their inputs a program: bound by reading the weights.
+
+    `x` is `[rows, inputs]`, `weight` `[outputs, inputs]`, `out` `[inputs / share, rows, outputs]`. GATED: `weight` has twice the rows,
+    and `out = silu(left half) * right half`. `share` divides `inputs` and DEPTH `share`, OUTPUTS divides `outputs`. AHEAD lines of every
+    row of weights are fetched before the launch ahead of this one is waited for."""
+    column = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    first = tl.program_id(1) * share
+    depth = tl.arange(0, DEPTH)
+    lies = weight + column[:, None].to(tl.int64) * inputs + (first + depth)[None, :]
+    right = lies + outputs.to(tl.int64) * inputs
+    if AHEAD > 0:
+        lines = weight + column[:, None].to(tl.int64) * inputs + (first + tl.arange(0, AHEAD) * (LINE // 2))[None, :]
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; // $0", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+    follow(OVERLAP)
+    row = tl.arange(0, ROWS)
+    live = (row < rows)[:, None]
+    given = x + row[:, None] * inputs + (first + depth)[None, :]
+    sums = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    gates = tl.zeros([ROWS, OUTPUTS], tl.float32)
+    for k in range(0, share, DEPTH):
+        left = tl.load(given + k, mask=live, other=0.0)
+        if GATED:
+            gates = tl.dot(left, tl.trans(tl.load(lies + k, eviction_policy="evict_first")), gates)
+            sums = tl.dot(left, tl.trans(tl.load(right + k, eviction_policy="evict_first")), sums)
+        else:
+            sums = tl.dot(left, tl.trans(tl.load(lies + k, eviction_policy="evict_first")), sums)
+    if GATED:
+        sums = gates / (1.0 + tl.exp(-gates)) * sums
+    at = (tl.program_id(1) * rows + row[:, None]).to(tl.int64) * outputs + column[None, :]
+    tl.store(out + at, sums.to(out.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -60,10 +127,14 @@ def put(
     HALF: tl.constexpr,
     PAGE: tl.constexpr,
     NORMS: tl.constexpr,
+    PARTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One head of one token a program: its norm (NORMS), its rotation, then a query into `queries`, a key or a value into its slot.
 
-    A slot is `page * PAGE + place`; below 0 the token is padding and is written nowhere."""
+    `qkv` is the sum of its PARTS, `[PARTS, tokens, (HEADS + 2 * KV_HEADS) * DIM]`. A slot is `page * PAGE + place`; below 0 the token is
+    padding and is written nowhere."""
+    follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, HALF)
@@ -71,6 +142,10 @@ def put(
     at = qkv + (row * (HEADS + 2 * KV_HEADS) + head) * DIM + d
     low = tl.load(at, mask=live, other=0.0).to(tl.float32)
     high = tl.load(at + DIM // 2, mask=live, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        more = at + part * tl.num_programs(0).to(tl.int64) * ((HEADS + 2 * KV_HEADS) * DIM)
+        low += tl.load(more, mask=live, other=0.0).to(tl.float32)
+        high += tl.load(more + DIM // 2, mask=live, other=0.0).to(tl.float32)
     if head < HEADS + KV_HEADS:
         if NORMS:
             root = tl.rsqrt((tl.sum(low * low, 0) + tl.sum(high * high, 0)) / DIM + epsilon)
@@ -146,10 +221,12 @@ def decode(
     BLOCK: tl.constexpr,
     SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One split of one sequence's keys, for the query heads of one KV head, a program (flash decoding). A length of 0 is padding.
 
     With one split the result goes to `out`; else it goes to `parts`, and to `heights` the logarithm of its sum of weights (-inf: empty)."""
+    follow(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -187,8 +264,9 @@ def decode(
 
 
 @triton.jit
-def reduce(parts, heights, out, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr):
+def reduce(parts, heights, out, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr, OVERLAP: tl.constexpr):
     """The splits of one query head of one sequence a program: their mean, weighted by their sums of weights."""
+    follow(OVERLAP)
     at = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, SPLITS)
     d = tl.arange(0, WIDTH)

@@ -33,6 +33,8 @@ class Rows:
     positions: Tensor
     slots: Tensor
     """`page * page_tokens + place`, where each one's KV goes; below 0: padding."""
+    sources: Tensor | None = None
+    """Which of the ids drawn last each one is; below 0: what stands in `ids`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +70,18 @@ class Operators(Protocol):
         """`x / rms(x) * weight` of `[T, hidden]`."""
 
     def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        """Adds `delta` to `x` in place, then `norm` of it."""
+        """Adds `delta`, or the sum of its parts, to `x` in place, then `norm` of it."""
 
-    def gate(self, both: Tensor) -> Tensor:
-        """`[T, 2 * inner]` → `silu(left half) * right half`."""
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False) -> Tensor:
+        """x `[T, inputs]`, weight `[outputs, inputs]` → `[T, outputs]`; or, unless it must be `whole`, float32 parts `[parts, T, outputs]`,
+        which are to be added up."""
+
+    def gated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x `[T, inputs]`, weight `[2 * inner, inputs]` → `silu(left half) * right half` of their product, `[T, inner]`."""
 
     def put(self, qkv: Tensor, pages: Tensor, angles: tuple[Tensor, Tensor], norms: Tensor | None, rows: Rows, like: Heads) -> Tensor:
-        """qkv `[T, (heads + 2 * kv_heads) * dim]`: keys and values into the pages, queries returned as `[T, heads, dim]`; queries and keys
-        normed by `norms` `[2, dim]` and turned by `angles` (cosines, sines, float32 `[positions, dim / 2]`)."""
+        """qkv `[T, (heads + 2 * kv_heads) * dim]`, or parts of it: keys and values into the pages, queries returned as `[T, heads, dim]`;
+        queries and keys normed by `norms` `[2, dim]` and turned by `angles` (cosines, sines, float32 `[positions, dim / 2]`)."""
 
     def prefill(self, queries: Tensor, pages: Tensor, prompts: Prompts, like: Heads, out: Tensor) -> None:
         """queries `[T, heads, dim]` → `out`, alike: row i of a chunk sees `context + i + 1` positions."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, silu
 
 from services.engine.cuda.operators import Heads, Prompts, Rows, Singles
 
@@ -18,16 +19,19 @@ class ReferenceOperators:
         return _norm(x, weight, epsilon).to(x.dtype)
 
     def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        x += delta
+        x += delta if delta.dim() == x.dim() else delta.sum(0)
         return self.norm(x, weight, epsilon)
 
-    def gate(self, both: Tensor) -> Tensor:
-        left, right = _wide(both).chunk(2, -1)
-        return (torch.nn.functional.silu(left) * right).to(both.dtype)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False) -> Tensor:
+        return linear(x, weight, bias)
+
+    def gated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        left, right = _wide(linear(x, weight, bias)).chunk(2, -1)
+        return (silu(left) * right).to(x.dtype)
 
     def put(self, qkv: Tensor, pages: Tensor, angles: tuple[Tensor, Tensor], norms: Tensor | None, rows: Rows, like: Heads) -> Tensor:
-        parts = _wide(qkv).view(len(qkv), -1, like.dim)
-        q, k, v = torch.split(parts, [like.heads, like.kv_heads, like.kv_heads], 1)
+        every = _wide(qkv if qkv.dim() == 2 else qkv.sum(0)).reshape(qkv.shape[-2], -1, like.dim)
+        q, k, v = torch.split(every, [like.heads, like.kv_heads, like.kv_heads], 1)
         if norms is not None:
             q, k = _norm(q, norms[0], like.epsilon), _norm(k, norms[1], like.epsilon)
         cosines, sines = (table[rows.positions.long()][:, None] for table in angles)
@@ -35,7 +39,7 @@ class ReferenceOperators:
         there = rows.slots >= 0
         page, place = rows.slots[there].long() // like.page_tokens, rows.slots[there].long() % like.page_tokens
         pages[page, :, :, place] = torch.stack((k, v), 1)[there].to(pages.dtype)
-        return q.to(qkv.dtype)
+        return q.to(pages.dtype)
 
     def prefill(self, queries: Tensor, pages: Tensor, prompts: Prompts, like: Heads, out: Tensor) -> None:
         for chunk, begin in prompts.blocks.tolist():

@@ -3,41 +3,102 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import linear
 
 from services.engine.cuda import kernels
 from services.engine.cuda.operators import Heads, Prompts, Rows, Singles
+from services.engine.cuda.splits import multiprocessors
+from services.engine.cuda.tiles import Cut, cut
 
 GATE_COLUMNS = 1024
 MOVE_ELEMENTS = 2048
-KEYS = {2: 64, 4: 32}
-"""Keys of a tile, by bytes of an element: a tile of keys and one of values, twice or three times, fit into shared memory."""
-WARPS, STAGES = 4, {2: 3, 4: 2}
-PREFILL_WARPS = 8
-"""Two groups of four, each with half of a block's 128 rows: 64 is what a group's widest product takes (Hopper)."""
+WARPS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What one program of an attention kernel has under way."""
+
+    keys: int
+    """Of a tile: one of keys and one of values, `stages` times, fit into shared memory."""
+    warps: int
+    stages: int
+
+
+FLOAT32 = Attention(32, 4, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How launches are made; what was measured says which ways are the fastest."""
+
+    products: bool = True
+    """Products of few rows by our own kernel, not the library's."""
+    overlap: bool = True
+    """Launches begin while those before them end, where the device can."""
+    ahead: int = 4
+    """Lines of each row of weights that are fetched while a product still waits for the launch before it (with `overlap`)."""
+    decode: Attention = Attention(64, 4, 3)
+    prefill: Attention = Attention(64, 8, 3)
+    """Two groups of four warps, each with half of a block's 128 rows: 64 is what a group's widest product takes (Hopper)."""
 
 
 class TritonOperators:
     """See `Operators`. Row counts reach the kernels as grids only."""
 
+    def __init__(self, ways: Ways = Ways()) -> None:
+        self._ways = ways
+
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        return _norm(x, None, weight, epsilon)
+        return self._norm(x, None, weight, epsilon)
 
     def add_norm(self, x: Tensor, delta: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        return _norm(x, delta, weight, epsilon)
+        return self._norm(x, delta, weight, epsilon)
 
-    def gate(self, both: Tensor) -> Tensor:
-        inner = both.shape[1] // 2
-        out = both.new_empty(len(both), inner)
-        kernels.gate[(len(both), triton.cdiv(inner, GATE_COLUMNS))](both, out, WIDTH=inner, BLOCK=GATE_COLUMNS, num_warps=WARPS)
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, whole: bool = False) -> Tensor:
+        how = self._cut(x, weight, bias, gated=False, whole=whole)
+        return linear(x, weight, bias) if how is None else self.multiplied(x, weight, how, gated=False)
+
+    def gated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        how = self._cut(x, weight, bias, gated=True, whole=True)
+        return _gate(linear(x, weight, bias)) if how is None else self.multiplied(x, weight, how, gated=True)
+
+    def multiplied(self, x: Tensor, weight: Tensor, how: Cut, *, gated: bool) -> Tensor:
+        """`[T, outputs]`, or several parts of it in float32."""
+        (rows, inputs), outputs = x.shape, len(weight) // (2 if gated else 1)
+        shape = (how.parts, rows, outputs) if how.parts > 1 else (rows, outputs)
+        out = x.new_empty(shape, dtype=torch.float32 if how.parts > 1 else x.dtype)
+        overlap = self._overlap(x)
+        tile = how.tile
+        kernels.product[(outputs // tile.outputs, how.parts)](
+            x,
+            weight,
+            out,
+            rows,
+            outputs,
+            inputs,
+            inputs // how.parts,
+            ROWS=tile.rows,
+            OUTPUTS=tile.outputs,
+            DEPTH=tile.depth,
+            GATED=gated,
+            AHEAD=self._ways.ahead if overlap["OVERLAP"] else 0,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **overlap,
+        )
         return out
 
     def put(self, qkv: Tensor, pages: Tensor, angles: tuple[Tensor, Tensor], norms: Tensor | None, rows: Rows, like: Heads) -> Tensor:
-        queries = qkv.new_empty(len(qkv), like.heads, like.dim)
-        kernels.put[(len(qkv), like.heads + 2 * like.kv_heads)](
+        tokens, overlap = qkv.shape[-2], self._overlap(qkv)
+        queries = pages.new_empty(tokens, like.heads, like.dim)
+        kernels.put[(tokens, like.heads + 2 * like.kv_heads)](
             qkv,
             queries,
             pages,
@@ -53,12 +114,14 @@ class TritonOperators:
             HALF=triton.next_power_of_2(like.dim // 2),
             PAGE=like.page_tokens,
             NORMS=norms is not None,
+            PARTS=len(qkv) if qkv.dim() == 3 else 1,
             num_warps=1,
+            **overlap,
         )
         return queries
 
     def prefill(self, queries: Tensor, pages: Tensor, prompts: Prompts, like: Heads, out: Tensor) -> None:
-        size = queries.element_size()
+        tile = self._ways.prefill if queries.element_size() == 2 else FLOAT32
         kernels.prefill[(len(prompts.blocks), like.heads)](
             queries,
             pages,
@@ -74,15 +137,16 @@ class TritonOperators:
             WIDTH=_width(like),
             PAGE=like.page_tokens,
             ROWS=prompts.block_rows,
-            BLOCK=KEYS[size],
+            BLOCK=tile.keys,
             PRECISION=_precision(queries),
-            num_warps=PREFILL_WARPS if size == 2 else WARPS,
-            num_stages=STAGES[size],
+            num_warps=tile.warps,
+            num_stages=tile.stages,
         )
 
     def decode(self, queries: Tensor, pages: Tensor, singles: Singles, like: Heads, out: Tensor) -> None:
-        size, splits, group = queries.element_size(), singles.splits, like.heads // like.kv_heads
-        batch, heads = len(queries), like.heads
+        tile = self._ways.decode if queries.element_size() == 2 else FLOAT32
+        splits, group = singles.splits, like.heads // like.kv_heads
+        batch, heads, overlap = len(queries), like.heads, self._overlap(queries)
         parts = queries.new_empty(batch * heads * splits * like.dim if splits > 1 else 1, dtype=torch.float32)
         heights = queries.new_empty(batch * heads * splits if splits > 1 else 1, dtype=torch.float32)
         kernels.decode[(batch, like.kv_heads, splits)](
@@ -102,14 +166,16 @@ class TritonOperators:
             DIM=like.dim,
             WIDTH=_width(like),
             PAGE=like.page_tokens,
-            BLOCK=KEYS[size],
+            BLOCK=tile.keys,
             SPLITS=splits,
             PRECISION=_precision(queries),
-            num_warps=WARPS,
-            num_stages=STAGES[size],
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **overlap,
         )
         if splits > 1:
-            kernels.reduce[(batch * heads,)](parts, heights, out, DIM=like.dim, WIDTH=_width(like), SPLITS=splits, num_warps=1)
+            widths = {"DIM": like.dim, "WIDTH": _width(like), "SPLITS": splits}
+            kernels.reduce[(batch * heads,)](parts, heights, out, **widths, num_warps=1, **overlap)
 
     def gather(self, pages: Tensor, ids: Tensor, layers: tuple[int, int], heads: tuple[int, int]) -> Tensor:
         packed = pages.new_empty(len(ids), layers[1] - layers[0], 2, heads[1] - heads[0], *pages.shape[4:])
@@ -119,21 +185,47 @@ class TritonOperators:
     def scatter(self, pages: Tensor, ids: Tensor, layers: tuple[int, int], heads: tuple[int, int], packed: Tensor) -> None:
         _move(pages, ids, layers, heads, packed, out=False)
 
+    def _norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
+        out = torch.empty_like(x)
+        block = triton.next_power_of_2(x.shape[1])
+        kernels.norm[(len(x),)](
+            x,
+            x if delta is None else delta,
+            weight,
+            out,
+            epsilon,
+            WIDTH=x.shape[1],
+            BLOCK=block,
+            PARTS=0 if delta is None else 1 if delta.dim() == 2 else len(delta),
+            num_warps=8 if block > 2048 else WARPS,
+            **self._overlap(x),
+        )
+        return out
 
-def _norm(x: Tensor, delta: Tensor | None, weight: Tensor, epsilon: float) -> Tensor:
-    out = torch.empty_like(x)
-    block = triton.next_power_of_2(x.shape[1])
-    kernels.norm[(len(x),)](
-        x,
-        x if delta is None else delta,
-        weight,
-        out,
-        epsilon,
-        WIDTH=x.shape[1],
-        BLOCK=block,
-        ADDS=delta is not None,
-        num_warps=8 if block > 2048 else WARPS,
-    )
+    def _cut(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, gated: bool, whole: bool) -> Cut | None:
+        """How our own kernel computes it, or None: the library does."""
+        if not self._ways.products or bias is not None or x.element_size() != 2:
+            return None
+        outputs = len(weight) // (2 if gated else 1)
+        return cut(len(x), outputs, x.shape[1], gated=gated, whole=whole, multiprocessors=multiprocessors(x.device))
+
+    def _overlap(self, x: Tensor) -> dict[str, bool]:
+        """Of a kernel that a decode step launches."""
+        if self._ways.overlap and can_overlap(x.device):
+            return {"OVERLAP": True, "launch_pdl": True}
+        return {"OVERLAP": False}
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _gate(both: Tensor) -> Tensor:
+    """`[T, 2 * inner]` → `silu(left half) * right half`."""
+    inner = both.shape[1] // 2
+    out = both.new_empty(len(both), inner)
+    kernels.gate[(len(both), triton.cdiv(inner, GATE_COLUMNS))](both, out, WIDTH=inner, BLOCK=GATE_COLUMNS, num_warps=WARPS)
     return out
 
 
