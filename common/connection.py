@@ -1,12 +1,14 @@
-"""The connection to Redis: timeouts everywhere, no silent retries, foreign errors mapped."""
+"""The connection to Redis: timeouts everywhere, no silent retries, cancellations heeded, foreign errors mapped."""
 
 from __future__ import annotations
 
+import asyncio
 import ssl
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -28,7 +30,7 @@ def connect(url: str, ca_file: str | None = None) -> Redis:
     """
     certificates: dict[str, Any] = {} if ca_file is None else {"ssl_ca_certs": _readable(ca_file, url)}
     try:
-        return Redis.from_url(
+        client = Redis.from_url(
             url,
             socket_connect_timeout=CONNECT_S,
             socket_timeout=ANSWER_S,
@@ -41,6 +43,9 @@ def connect(url: str, ca_file: str | None = None) -> Redis:
         )
     except ValueError:
         raise SettingError("redis_url is no Redis URL; it must be like redis://:password@host:6379/0") from None
+    pool = client.connection_pool
+    pool.connection_class = type("Heeding", (Heeding, pool.connection_class), {})  # the URL has chosen TCP, TLS or a Unix socket
+    return client
 
 
 def _readable(ca_file: str, url: str) -> str:
@@ -51,6 +56,27 @@ def _readable(ca_file: str, url: str) -> str:
     except OSError as error:
         raise SettingError(f"redis_ca_file is {ca_file!r}; it cannot be read: {error.strerror or error}") from error
     return ca_file
+
+
+class Heeding(AbstractConnection):
+    """A connection that heeds every cancellation.
+
+    redis-py sends by `asyncio.wait_for`, and in Python 3.11 that swallows a cancellation that comes while the sending ends
+    (python/cpython#86296): its task would go on for ever.
+    """
+
+    __slots__ = ()
+
+    async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        told = task.cancelling()
+        try:
+            await super().send_packed_command(command, check_health)
+        finally:
+            if task.cancelling() > told:
+                await self.disconnect(nowait=True)  # or the next command would read the answer to this one
+                raise asyncio.CancelledError
 
 
 async def mapped(operation: Awaitable[_T]) -> _T:
