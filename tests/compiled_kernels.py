@@ -14,7 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from services.engine.cuda import triton_operators
+from services.engine.cuda import device
+from services.engine.cuda.tiles import Device
 from services.engine.cuda.triton_operators import TritonOperators
 from tests.kernel_cases import CASES, SHAPES, Shape
 
@@ -67,7 +68,8 @@ def main() -> None:
     capability = int(sys.argv[1])
     compiler = Compiler(capability)
     triton.runtime.jit.JITFunction.run = lambda self, *args, **named: compiler.run(self, *args, **named)
-    triton_operators.can_overlap = lambda device: capability >= 90
+    device.can_overlap = lambda on: capability >= 90
+    device.about = lambda on: Device(132, SHARED_BYTES[capability])
     for shape in (SHAPES["grouped"], LLAMA):
         for dtype in (torch.bfloat16, torch.float32):
             for case in CASES.values():

@@ -24,6 +24,19 @@ class Tile:
     stages: int
     """Tiles whose reads are under way at a time."""
 
+    def shared_bytes(self, gated: bool) -> int:
+        """For the tiles under way, elements being of 2 bytes."""
+        return self.stages * (self.rows + self.outputs * (2 if gated else 1)) * self.depth * 2
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What counts of a GPU here."""
+
+    multiprocessors: int
+    shared_bytes: int
+    """That one program may use."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -31,22 +44,24 @@ class Cut:
     parts: int
 
 
-def tile(rows: int, gated: bool) -> Tile:
-    """For so many rows: what was fastest, or near it, for every product of Llama-3-8B's shape on one H200."""
+def tile(rows: int, gated: bool, shared_bytes: int) -> Tile | None:
+    """For so many rows, with as many stages as fit; None: not even two do."""
     height = max(16, 1 << (rows - 1).bit_length())
-    return Tile(height, 32 if gated else 64, 128, 4, 4)
+    for stages in (4, 3, 2):
+        found = Tile(height, 32 if gated else 64, 128, 4, stages)
+        if found.shared_bytes(gated) <= shared_bytes:
+            return found
+    return None
 
 
-def cut(rows: int, outputs: int, inputs: int, *, gated: bool, whole: bool, multiprocessors: int) -> Cut | None:
-    """None if the shape does not divide, or there are too many rows. `whole`: in one part."""
-    if rows > MOST_ROWS:
-        return None
-    of = tile(rows, gated)
-    if outputs % of.outputs or inputs % of.depth:
+def cut(rows: int, outputs: int, inputs: int, device: Device, *, gated: bool, whole: bool) -> Cut | None:
+    """None if the shape does not divide, or there are too many rows, or the device is too small. `whole`: in one part."""
+    of = tile(rows, gated, device.shared_bytes) if rows <= MOST_ROWS else None
+    if of is None or outputs % of.outputs or inputs % of.depth:
         return None
     parts = 1
     if not (gated or whole):
         programs = outputs // of.outputs
-        while 2 * parts <= MOST_PARTS and programs * parts < WAVES * multiprocessors and inputs % (2 * parts * of.depth) == 0:
+        while 2 * parts <= MOST_PARTS and programs * parts < WAVES * device.multiprocessors and inputs % (2 * parts * of.depth) == 0:
             parts *= 2
     return Cut(of, parts)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from services.engine.cuda import kernels
+from services.engine.cuda import device, kernels
 from services.engine.cuda.operators import Heads, Prompts, Rows, Singles
-from services.engine.cuda.splits import multiprocessors
 from services.engine.cuda.tiles import Cut, cut
 
 GATE_COLUMNS = 1024
 MOVE_ELEMENTS = 2048
 WARPS = 4
+LINE_BYTES = kernels.LINE.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +73,8 @@ class TritonOperators:
         (rows, inputs), outputs = x.shape, len(weight) // (2 if gated else 1)
         shape = (how.parts, rows, outputs) if how.parts > 1 else (rows, outputs)
         out = x.new_empty(shape, dtype=torch.float32 if how.parts > 1 else x.dtype)
-        overlap = self._overlap(x)
-        tile = how.tile
+        overlap, tile, share = self._overlap(x), how.tile, inputs // how.parts
+        ahead = self._ways.ahead if overlap["OVERLAP"] and self._ways.ahead * LINE_BYTES <= share * x.element_size() else 0
         kernels.product[(outputs // tile.outputs, how.parts)](
             x,
             weight,
@@ -83,12 +82,12 @@ class TritonOperators:
             rows,
             outputs,
             inputs,
-            inputs // how.parts,
+            share,
             ROWS=tile.rows,
             OUTPUTS=tile.outputs,
             DEPTH=tile.depth,
             GATED=gated,
-            AHEAD=self._ways.ahead if overlap["OVERLAP"] else 0,
+            AHEAD=ahead,
             num_warps=tile.warps,
             num_stages=tile.stages,
             **overlap,
@@ -207,18 +206,13 @@ class TritonOperators:
         if not self._ways.products or bias is not None or x.element_size() != 2:
             return None
         outputs = len(weight) // (2 if gated else 1)
-        return cut(len(x), outputs, x.shape[1], gated=gated, whole=whole, multiprocessors=multiprocessors(x.device))
+        return cut(len(x), outputs, x.shape[1], device.about(x.device), gated=gated, whole=whole)
 
     def _overlap(self, x: Tensor) -> dict[str, bool]:
         """Of a kernel that a decode step launches."""
-        if self._ways.overlap and can_overlap(x.device):
+        if self._ways.overlap and device.can_overlap(x.device):
             return {"OVERLAP": True, "launch_pdl": True}
         return {"OVERLAP": False}
-
-
-@cache
-def can_overlap(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _gate(both: Tensor) -> Tensor:
