@@ -9,16 +9,14 @@ from common.queue import Entry
 from services.engine.pages import chain_hashes
 from services.engine.plan import Began, Computed, Drawn, Failed, Outcome, Preempted
 from services.engine.plan import Granted as EngineGranted
-from services.prefill import handoffs
+from services.prefill import moves
 from services.prefill.handoffs import Handoffs
 from services.transfer.protocol import PushFailed, Sent
 from services.worker.jobs import leader
 from services.worker.outbox import Outbox
 from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
 
-Action: TypeAlias = (
-    Submit | Stop | Release | Acknowledge | handoffs.Send | handoffs.Push | handoffs.FinishPush | handoffs.Flush | handoffs.ResetLink
-)
+Action: TypeAlias = Submit | Stop | Release | Acknowledge | moves.Send | moves.Push | moves.FinishPush | moves.Flush | moves.ResetLink
 
 
 class PrefillCore:
@@ -88,13 +86,13 @@ class PrefillCore:
         hashes = list(outcome.hashes) or chain_hashes(self._fingerprint, ids, self._page_tokens)
         return self._resolve(self.handoffs.begin(run.key, run.job, len(ids), hashes, outcome.pages, now))
 
-    def _resolve(self, actions: list[handoffs.Action]) -> list[Action]:
+    def _resolve(self, actions: list[moves.Action]) -> list[Action]:
         """A handoff that is completed or given up ends the run here; everything else is for the driver."""
         resolved: list[Action] = []
         for action in actions:
-            if isinstance(action, handoffs.HandedOver):
+            if isinstance(action, moves.HandedOver):
                 resolved += self.runs.handed(action.key, action.to)
-            elif isinstance(action, handoffs.GivenUp):
+            elif isinstance(action, moves.GivenUp):
                 resolved += self.runs.lose(action.key, "no_decode", action.detail)
             else:
                 resolved.append(action)

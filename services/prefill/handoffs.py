@@ -9,14 +9,12 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 from msgspec.structs import replace
 
 from common.messages import (
     Committed,
     Granted,
-    GrantedRank,
     Incarnation,
     Job,
     Key,
@@ -30,6 +28,7 @@ from common.messages import (
     Withdrawn,
 )
 from services.engine.binding import less_loaded
+from services.prefill.moves import Action, FinishPush, Flush, GivenUp, HandedOver, Push, ResetLink, Send
 from services.prefill.routing import Holders, Load, choose
 from services.transfer.protocol import PushFailed, Sent
 
@@ -43,74 +42,6 @@ SEND_S = 5.0
 """Pages that have not all left this long after the last was given away are stuck: their link is condemned."""
 FAILURES = 5
 """So many times pages of one execution are rejected, not sent or not judged: then it is given up, for another prefill may do better."""
-
-# ------------------------------------------------------------------------------------------------------------- actions
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """A control message to a decode."""
-
-    to: Incarnation
-    body: Offer | Pushed | Withdraw
-
-
-@dataclass(frozen=True, slots=True)
-class Push:
-    """Send final pages."""
-
-    to: Incarnation
-    rank: GrantedRank
-    handoff: int
-    grant: int
-    pages: tuple[int, ...]
-    indices: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FinishPush:
-    """All pages of the grant have been given to `Push`."""
-
-    handoff: int
-    grant: int
-
-
-@dataclass(frozen=True, slots=True)
-class Flush:
-    """Complete the receives of pages that will never be pushed, and forget the push. `indices` may be empty."""
-
-    to: Incarnation
-    rank: GrantedRank
-    handoff: int
-    grant: int
-    indices: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ResetLink:
-    """The way for pages to this decode is broken: close it on this side, and say so (`PeerBeat.link`) before anything else."""
-
-    peer: Incarnation
-
-
-@dataclass(frozen=True, slots=True)
-class HandedOver:
-    """`to` has committed: the pages may go, the gateway is told, the job is acknowledged."""
-
-    key: Key
-    to: Incarnation
-
-
-@dataclass(frozen=True, slots=True)
-class GivenUp:
-    """No decode takes its pages."""
-
-    key: Key
-    detail: str
-
-
-Action: TypeAlias = Send | Push | FinishPush | Flush | ResetLink | HandedOver | GivenUp
-
 
 # --------------------------------------------------------------------------------------------------------------- state
 

@@ -29,7 +29,8 @@ from common.settings import WorkerSettings
 from services.engine.binding import prefill_wants
 from services.engine.plan import Computed, Outcome
 from services.prefill.core import Action, PrefillCore
-from services.prefill.handoffs import FinishPush, Flush, Handoffs, Push, ResetLink, Send
+from services.prefill.handoffs import Handoffs
+from services.prefill.moves import FinishPush, Flush, Push, ResetLink, Send
 from services.prefill.peers import Peers
 from services.prefill.routing import Holders
 from services.transfer.protocol import PushFailed, Sent, TransferEvent

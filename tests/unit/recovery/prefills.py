@@ -16,7 +16,7 @@ from common.messages import (
 )
 from common.queue import Claimed, Entry
 from services.engine.plan import Began, Drawn, Failed, Outcome, Preempted
-from services.prefill import handoffs
+from services.prefill import moves
 from services.prefill.core import PrefillCore
 from services.prefill.handoffs import Handoffs
 from services.prefill.routing import Holders, Load
@@ -182,15 +182,15 @@ class Prefill(Claimant):
 
     def perform(self, action: Any) -> None:
         match action:
-            case handoffs.Send(to, body):
+            case moves.Send(to, body):
                 self.send(to, body)
-            case handoffs.Push():
+            case moves.Push():
                 self.carrier.push(action.to, action.rank, action.handoff, action.grant, action.pages, action.indices)
-            case handoffs.FinishPush(number, grant):
+            case moves.FinishPush(number, grant):
                 self.carrier.finish_push(number, grant)
-            case handoffs.Flush():
+            case moves.Flush():
                 self.carrier.flush(action.to, action.rank, action.handoff, action.grant, action.indices)
-            case handoffs.ResetLink(peer):
+            case moves.ResetLink(peer):
                 self.carrier.close_peer(peer)
                 self.links[peer] = self.links.get(peer, 0) + 1
                 self._beat_to(peer)

@@ -36,7 +36,7 @@ from services.decode.core import DecodeCore
 from services.decode.inbound import Inbound
 from services.engine.plan import Began
 from services.engine.plan import Granted as EngineGranted
-from services.prefill import handoffs
+from services.prefill import moves
 from services.prefill.core import PrefillCore
 from services.prefill.handoffs import Handoffs
 from services.prefill.routing import Load
@@ -154,8 +154,8 @@ def test_refusals_do_not_chase_each_other() -> None:
     ways.decodes({"d": LOAD})
     ways.begin(KEY, job(), 3, [], (0,), 0.0)
     actions = ways.letter("d", Refused(1, "draining"), 0.1)
-    assert not [action for action in actions if isinstance(action, handoffs.Send) and isinstance(action.body, Offer)]
-    assert [action.body.handoff for action in ways.tick(0.5) if isinstance(action, handoffs.Send) and isinstance(action.body, Offer)] == [2]
+    assert not [action for action in actions if isinstance(action, moves.Send) and isinstance(action.body, Offer)]
+    assert [action.body.handoff for action in ways.tick(0.5) if isinstance(action, moves.Send) and isinstance(action.body, Offer)] == [2]
 
 
 def granted(ways: Handoffs) -> None:
@@ -167,10 +167,10 @@ def test_pages_that_never_leave_condemn_their_link() -> None:
     ways = Handoffs(4, random.Random(1))
     ways.decodes({"d": LOAD})
     granted(ways)
-    assert handoffs.FinishPush(1, 7) in ways.drawn(KEY, Token(0, 1), 0.2)
+    assert moves.FinishPush(1, 7) in ways.drawn(KEY, Token(0, 1), 0.2)
     actions = [action for second in range(1, 12) for action in ways.tick(float(second))]
-    assert handoffs.ResetLink("d") in actions
-    assert any(isinstance(action, handoffs.Send) and isinstance(action.body, Offer) and action.body.handoff > 1 for action in actions)
+    assert moves.ResetLink("d") in actions
+    assert any(isinstance(action, moves.Send) and isinstance(action.body, Offer) and action.body.handoff > 1 for action in actions)
 
 
 def test_a_push_without_an_end_is_ended_when_it_is_withdrawn() -> None:
@@ -179,7 +179,7 @@ def test_a_push_without_an_end_is_ended_when_it_is_withdrawn() -> None:
     ways.begin(KEY, job(), 4, [], (0,), 0.0)
     ways.letter("d", Granted(1, 7, [0], [RANK]), 0.1)
     ways.computed(KEY, 4, 0.2)
-    assert handoffs.Flush("d", RANK, 1, 7, ()) in ways.drop(KEY, 0.3), "the transfer would wait for the end of this push for ever"
+    assert moves.Flush("d", RANK, 1, 7, ()) in ways.drop(KEY, 0.3), "the transfer would wait for the end of this push for ever"
 
 
 # -------------------------------------------------------------------------------------------------------------- decode

@@ -32,7 +32,7 @@ from services.decode import inbound
 from services.decode.core import DecodeCore
 from services.engine.plan import Began, Drawn
 from services.engine.plan import Granted as EngineGranted
-from services.prefill import handoffs
+from services.prefill import handoffs, moves
 from services.prefill.handoffs import Handoffs
 from services.prefill.routing import Holders
 from services.transfer.protocol import Arrived, Posted, PushFailed, Sent
@@ -42,7 +42,7 @@ from tests.unit.recovery.test_found import KEY, LOAD, RANK, arrive, decode, job,
 from tests.unit.recovery.worker import LAYOUT
 
 ENTRY = Entry("interactive", "1-0")
-FLUSH = handoffs.Flush("d", RANK, 1, 7, (0,))
+FLUSH = moves.Flush("d", RANK, 1, 7, (0,))
 
 
 def beat(link: int, *pursued: int) -> PeerBeat:
@@ -51,7 +51,7 @@ def beat(link: int, *pursued: int) -> PeerBeat:
 
 def said(actions: list[object]) -> list[object]:
     """Bodies of the letters among the actions."""
-    return [action.body for action in actions if isinstance(action, inbound.Send | handoffs.Send)]
+    return [action.body for action in actions if isinstance(action, inbound.Send | moves.Send)]
 
 
 def offering(*decodes: str) -> Handoffs:
@@ -161,8 +161,8 @@ def test_pages_that_the_decode_holds_are_neither_pushed_nor_flushed() -> None:
     ways.begin(KEY, job(), 15, [b"1", b"2", b"3"], (3, 4, 5, 6), 0.0)
     ways.letter("d", Granted(1, 7, [-1, -1, 8, 9], [RANK]), 0.1)
     assert ways.computed(KEY, 8, 0.2) == []
-    assert ways.computed(KEY, 12, 0.3) == [handoffs.Push("d", RANK, 1, 7, (5,), (2,))]
-    assert ways.drop(KEY, 0.4)[1:] == [handoffs.Flush("d", RANK, 1, 7, (3,))]
+    assert ways.computed(KEY, 12, 0.3) == [moves.Push("d", RANK, 1, 7, (5,), (2,))]
+    assert ways.drop(KEY, 0.4)[1:] == [moves.Flush("d", RANK, 1, 7, (3,))]
     assert ways.spared_pages == 0
 
 
@@ -171,7 +171,7 @@ def test_a_handoff_of_which_nothing_is_missing_is_finished_by_the_first_token() 
     ways.decodes({"d": LOAD})
     ways.begin(KEY, job(), 8, [b"1", b"2"], (3, 4), 0.0)
     ways.letter("d", Granted(1, 7, [-1, -1], [RANK]), 0.1)
-    assert ways.drawn(KEY, Token(0, 5), 0.2) == [handoffs.FinishPush(1, 7)]
+    assert ways.drawn(KEY, Token(0, 5), 0.2) == [moves.FinishPush(1, 7)]
     (word,) = said(ways.sent(Sent(1, 7, ()), 0.3))
     assert isinstance(word, Pushed) and word.checksums == []
     ways.letter("d", Committed(1), 0.4)
@@ -184,10 +184,10 @@ def test_the_next_turn_is_offered_to_the_decode_that_holds_the_first() -> None:
         ways = Handoffs(4, random.Random(seed), holders=Holders())
         ways.decodes(dict.fromkeys(("d1", "d2", "d3"), LOAD))
         (first,) = ways.begin(KEY, job(), 8, [b"1", b"2"], (3, 4), 0.0)
-        assert isinstance(first, handoffs.Send)
+        assert isinstance(first, moves.Send)
         ways.letter(first.to, Committed(1), 0.1)
         (second,) = ways.begin(other, job(), 13, [b"1", b"2", b"3"], (5, 6, 7, 8), 0.2)
-        assert isinstance(second, handoffs.Send) and second.to == first.to
+        assert isinstance(second, moves.Send) and second.to == first.to
 
 
 def test_every_request_is_repeated_until_it_is_answered() -> None:
@@ -206,7 +206,7 @@ def test_every_request_is_repeated_until_it_is_answered() -> None:
 
 def test_a_grant_that_crosses_the_withdrawal_is_flushed() -> None:
     ways = offering()
-    assert ways.drop(KEY, 0.1) == [handoffs.Send("d", Withdraw(1))]
+    assert ways.drop(KEY, 0.1) == [moves.Send("d", Withdraw(1))]
     assert ways.letter("d", Granted(1, 7, [0], [RANK]), 0.2) == [FLUSH]
     assert ways.letter("d", Withdrawn(1, Granted(1, 7, [0], [RANK])), 0.3) == [], "it is flushed already"
 
@@ -221,26 +221,26 @@ def test_a_dead_decode_is_closed_and_its_handoffs_go_elsewhere() -> None:
     ways = offering("d")
     ways.decodes({"d": LOAD, "d2": LOAD})
     actions = ways.peer_dead("d", 3.0)
-    assert actions[0] == handoffs.ResetLink("d")
-    assert [action.to for action in actions[1:] if isinstance(action, handoffs.Send)] == ["d2"]
+    assert actions[0] == moves.ResetLink("d")
+    assert [action.to for action in actions[1:] if isinstance(action, moves.Send)] == ["d2"]
 
 
 def test_a_refusal_goes_elsewhere_at_once() -> None:
     ways = offering("d")
     ways.decodes({"d": LOAD, "d2": LOAD})
     actions = ways.letter("d", Refused(1, "draining"), 0.1)
-    assert [action.to for action in actions if isinstance(action, handoffs.Send) and isinstance(action.body, Offer)] == ["d2"]
+    assert [action.to for action in actions if isinstance(action, moves.Send) and isinstance(action.body, Offer)] == ["d2"]
 
 
 def test_pages_that_arrive_changed_again_and_again_are_given_up() -> None:
     """41 pages of which every 40th was spoilt were pushed for minutes, 64 GB of them, until the request's deadline."""
     ways = offering("d", "d2")
-    actions: list[handoffs.Action] = []
+    actions: list[moves.Action] = []
     for number in range(1, handoffs.FAILURES + 1):
         (going,) = ways._going.values()
         assert going.handoff is not None and going.handoff.number == number
         actions = ways.letter(going.handoff.peer, Rejected(number, 0, [0]), 0.1)
-    (given_up,) = [action for action in actions if isinstance(action, handoffs.GivenUp)]
+    (given_up,) = [action for action in actions if isinstance(action, moves.GivenUp)]
     assert given_up.key == KEY and "changed" in given_up.detail
     assert said(actions) == [Withdraw(handoffs.FAILURES)] and len(ways) == 0
 
@@ -249,13 +249,13 @@ def test_only_whose_pages_could_not_be_pushed_is_given_up() -> None:
     ways = offering("d")
     other = replace(KEY, choice=1)
     ways.begin(other, job(), 3, [], (1,), 0.0)
-    actions: list[handoffs.Action] = []
+    actions: list[moves.Action] = []
     for number in range(1, handoffs.FAILURES + 1):
         going = ways._going[KEY]
         assert going.handoff is not None
         actions = ways.push_failed(PushFailed(going.handoff.number, 7, "no way to the peer"), 1.0 * number)
         ways.tick(1.0 * number + 0.5)
-    assert actions[0] == handoffs.ResetLink("d") and [type(action) for action in actions[1:]] == [handoffs.GivenUp]
+    assert actions[0] == moves.ResetLink("d") and [type(action) for action in actions[1:]] == [moves.GivenUp]
     assert list(ways._going) == [other], "its neighbour on the same link goes on"
 
 
