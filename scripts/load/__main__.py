@@ -82,7 +82,8 @@ def measure(chosen: argparse.Namespace, say: Say) -> dict[str, Any]:
 def interfere(chosen: argparse.Namespace, say: Say) -> dict[str, Any]:
     """Time between tokens without and with long prompts, each target in turn. Raises the errors that `main` names."""
     model = obtain(chosen.model, say)
-    load, workload = interference.Load(), interference.workload(chosen.context)
+    load = interference.Load()
+    workload = interference.workload(chosen.context, load)
     writer = Writer(model, workload, chosen.seed)
     hardware = owned(chosen, model)
     raise_own_priority()
@@ -96,7 +97,17 @@ def interfere(chosen: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def owned(chosen: argparse.Namespace, model: Path) -> Hardware:
-    return Hardware(model, chosen.device, chosen.dtype, chosen.pages, chosen.context, chosen.prefill, chosen.decode, chosen.prefix_reuse)
+    return Hardware(
+        model=model,
+        device=chosen.device,
+        dtype=chosen.dtype,
+        pages=chosen.pages,
+        context_tokens=chosen.context,
+        prefill=chosen.prefill,
+        decode=chosen.decode,
+        prefix_reuse=chosen.prefix_reuse,
+        share=chosen.devices,
+    )
 
 
 def planned(chosen: argparse.Namespace) -> Plan:

@@ -1,7 +1,8 @@
 """What a long prompt does to somebody else's tokens: time between tokens of running streams, without and with long prompts arriving.
 
-Some streams write all the time (when one ends the next begins). In the quiet half nothing else happens; in the loud half prompts of 1,024
-to 2,048 tokens arrive at even times, each for an answer of two tokens. Gaps count by the moment they end; the first token's wait is none.
+Some streams write all the time (when one ends the next begins). In the quiet half nothing else happens; in the loud half long prompts (of
+1,024 to 2,048 tokens by default) arrive at even times, each for a short answer. Gaps count by the moment they end; the first token's wait
+is none.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SHORT_TOKENS = 64
 WRITTEN_TOKENS = 256
 MOST_ASKED = 100_000
 SETTLE_S = 2.0
-"""Left out at the start of each half, while streams begin or the first long prompt is still queued."""
+"""Left out at the start of each half, while streams begin or the first long prompt is still queued (by default)."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,18 @@ class Load:
     streams: int = 4
     half_s: float = 30.0
     every_s: float = 4.0
+    long_tokens: tuple[int, ...] = LONG_TOKENS
+    answer_tokens: int = 2
+    """Of the long prompts: so few are written where the prompt was read; more than `short_tokens` are handed over."""
+    written_tokens: int = WRITTEN_TOKENS
+    """Of a stream's answer."""
+    settle_s: float = SETTLE_S
 
 
-def workload(context_tokens: int) -> Workload:
+def workload(context_tokens: int, load: Load) -> Workload:
     """The streams' shape, then those of the long prompts, cut to what the context holds."""
-    long = (Shape(min(tokens, context_tokens - 2), 2) for tokens in LONG_TOKENS)
-    streams = Shape(SHORT_TOKENS, max(2, min(WRITTEN_TOKENS, context_tokens - SHORT_TOKENS)))
+    long = (Shape(min(tokens, context_tokens - load.answer_tokens), load.answer_tokens) for tokens in load.long_tokens)
+    streams = Shape(SHORT_TOKENS, max(2, min(load.written_tokens, context_tokens - SHORT_TOKENS)))
     return Workload("interference", (streams, *long), "arena_hard_prompts.jsonl.gz")
 
 
@@ -50,7 +57,7 @@ async def measure(target: Target, writer: Writer, load: Load, first: int) -> dic
     until = start + 2 * load.half_s
     written: list[Record] = []
     numbers = itertools.count(first * MOST_ASKED)
-    shapes = 1 + len(LONG_TOKENS)
+    shapes = 1 + len(load.long_tokens)
 
     async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=120.0) as client:
 
@@ -64,7 +71,7 @@ async def measure(target: Target, writer: Writer, load: Load, first: int) -> dic
 
         async def interrupt() -> list[Record]:
             due = [load.half_s + load.every_s * n for n in range(int(load.half_s / load.every_s))]
-            questions = [writer.question(next(numbers) * shapes + 1 + n % len(LONG_TOKENS)) for n in range(len(due))]
+            questions = [writer.question(next(numbers) * shapes + 1 + n % len(load.long_tokens)) for n in range(len(due))]
             return list(await asyncio.gather(*(send(client, target.server, q, at, start) for q, at in zip(questions, due, strict=True))))
 
         async with asyncio.TaskGroup() as tasks:
@@ -72,7 +79,7 @@ async def measure(target: Target, writer: Writer, load: Load, first: int) -> dic
             for _ in range(load.streams):
                 tasks.create_task(write())
     long = loud.result()
-    halves = [between(written, SETTLE_S, load.half_s), between(written, load.half_s + SETTLE_S, 2 * load.half_s)]
+    halves = [between(written, load.settle_s, load.half_s), between(written, load.half_s + load.settle_s, 2 * load.half_s)]
     quiet, noisy = (spread(gaps) for gaps in halves)
     ratio = noisy["p99"] / quiet["p99"] if quiet["p99"] and noisy["p99"] else None
     return {

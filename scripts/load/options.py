@@ -58,7 +58,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length-scale", type=float, help="multiply all lengths by this instead of fitting them to the context")
     parser.add_argument("--budgets", help="chunk budgets to try for the chunked baseline [64,128,256; quick 64,256]")
     parser.add_argument("--prefill", type=int, default=1, help="prefill workers of the disaggregated system [1]")
-    parser.add_argument("--decode", type=int, default=1, help="decode workers [1]; the baselines get as many devices as both")
+    parser.add_argument("--decode", type=int, default=1, help="decode workers [1]; the baselines get as many devices")
+    parser.add_argument("--devices", type=int, metavar="N", help="in all, shared by prefills and decodes if fewer [one for each]")
     parser.add_argument("--model", help="to start and to count tokens with [SmolLM2-135M-Instruct]")
     parser.add_argument("--model-name", help="what the --url servers call it, if they serve several")
     parser.add_argument("--key", help="API key for the --url servers")
@@ -98,6 +99,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--shares must lie between 0 and 1, --budgets above 0")
     if min(chosen.rate, chosen.seconds, chosen.minutes, chosen.least, chosen.prefill, chosen.decode, chosen.pages, chosen.context - 1) <= 0:
         parser.error("rates, seconds, minutes, counts and sizes must be above 0")
+    if chosen.devices is not None and not 1 <= chosen.devices <= chosen.prefill + chosen.decode:
+        parser.error("--devices must be at least 1 and at most the prefill and decode workers together")
     if chosen.most < chosen.least or chosen.resolution <= 1 or chosen.cv < 0:
         parser.error("--most must not be below --least, --resolution must be above 1, --cv not below 0")
     if chosen.length_scale is not None and chosen.length_scale <= 0:

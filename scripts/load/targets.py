@@ -15,11 +15,13 @@ from scripts.launcher.cluster import Cluster, Shape, share_cores
 from scripts.load.client import Server
 
 KINDS = ("disaggregated", "colocated", "chunked")
+PREFILL_PAGES = 0.25
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What every started variant has in all. `pages` of KV are divided evenly among a variant's workers."""
+    """What every started variant has in all. `pages` of KV are divided evenly among a variant's workers; where prefills and decodes share
+    their devices, the prefills have `PREFILL_PAGES` of them: they keep a prompt only until it is handed over."""
 
     model: Path
     device: str
@@ -30,10 +32,12 @@ class Hardware:
     decode: int = 1
     prefix_reuse: bool = False
     """Whether started systems share what prompts begin with: the same for all of them."""
+    share: int | None = None
+    """Devices in all; None: one for each prefill and each decode. With fewer they share them."""
 
     @property
     def devices(self) -> int:
-        return self.prefill + self.decode
+        return self.share or self.prefill + self.decode
 
 
 @dataclass(frozen=True)
@@ -78,15 +82,24 @@ class Target:
 def variants(kind: str, hardware: Hardware, budget_tokens: int | None = None) -> list[Variant]:
     """All placements of one kind on this hardware: for the baselines one worker over all cores, and one worker for each device."""
     if kind == "disaggregated":
-        shape = _shape(hardware, hardware.devices, prefill=hardware.prefill, decode=hardware.decode)
+        shape = _shape(hardware, hardware.prefill + hardware.decode, prefill=hardware.prefill, decode=hardware.decode)
+        if hardware.devices < hardware.prefill + hardware.decode:
+            prefill, decode = divided(hardware)
+            shape.role_flags.update(prefill={"pages": str(prefill)}, decode={"pages": str(decode)})
         return [Variant(kind, f"{hardware.prefill}+{hardware.decode}", shape)]
     flags = {"policy": "prefill_first" if kind == "colocated" else "chunked"}
     if budget_tokens is not None:
         flags["budget_tokens"] = str(budget_tokens)
-    counts = [hardware.devices] if hardware.device == "cuda" else [1, hardware.devices]
+    counts = [hardware.devices] if hardware.device == "cuda" else sorted({1, hardware.devices})
     return [
         Variant(kind, f"{n}×{hardware.devices // n}", _shape(hardware, n, colocated=n, prefill=0, decode=0, flags=flags)) for n in counts
     ]
+
+
+def divided(hardware: Hardware) -> tuple[int, int]:
+    """Pages of each prefill and of each decode where they share devices."""
+    prefills = int(hardware.pages * PREFILL_PAGES)
+    return prefills // hardware.prefill, (hardware.pages - prefills) // hardware.decode
 
 
 def _shape(

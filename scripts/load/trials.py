@@ -60,6 +60,8 @@ class Plan:
     cv: float
     seed: int
     shares: tuple[float, ...] = (0.9,)
+    restless_s: float = RESTLESS_S
+    """Longest wait for the machine's cores to rest before a target is asked."""
 
     def count(self, rate: float) -> int:
         return max(self.least, min(self.most, round(rate * self.seconds)))
@@ -162,7 +164,7 @@ class Bench:
 
     async def _rest(self) -> None:
         """Threads of some servers (OpenMP's) spin for a second after their last request, on cores that the next target computes on."""
-        give_up = time.monotonic() + RESTLESS_S
+        give_up = time.monotonic() + self._plan.restless_s
         before = self._cpu()[""]["machine"]
         while time.monotonic() < give_up:
             await asyncio.sleep(REST_S)

@@ -22,7 +22,7 @@ from scripts.launcher.cluster import Cluster, Shape
 from scripts.launcher.model import obtain
 from scripts.launcher.show import Progress
 from scripts.trials.reuse import reuse
-from tests.integration.talk import body, listen
+from tests.integration.talk import MODEL, body, listen
 from tests.references import references
 
 TOKENS = 24
@@ -43,11 +43,11 @@ class Cost:
     """first to next, less transfer and one decode step."""
 
 
-async def measure(url: str, prompt: list[int], repeats: int) -> Cost:
+async def measure(url: str, prompt: list[int], repeats: int, model: str = MODEL) -> Cost:
     rows = []
     async with httpx.AsyncClient() as client:
         for _ in range(repeats):
-            heard = await listen(client, url, body(prompt, TOKENS))
+            heard = await listen(client, url, body(prompt, TOKENS, model=model))
             gaps = [1000 * (later - sooner) for sooner, later in zip(heard.at, heard.at[1:], strict=False)]
             step = statistics.median(gaps[STEADY])
             transfer = heard.timeline["transfer_ms"]

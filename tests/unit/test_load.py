@@ -77,6 +77,23 @@ def test_no_system_shares_prefixes_unless_the_workload_does_or_it_is_asked_for(w
     assert {one["prefix_reuse"] for one in flags} == {shares}
 
 
+def test_systems_on_one_device_have_the_same_in_all() -> None:
+    hardware = owned(parse(["--devices", "1", "--device", "cuda", "--pages", "4000"]), Path())
+    apart, colocated, chunked = (variants(kind, hardware) for kind in KINDS)
+    assert [one.name for one in (*apart, *colocated, *chunked)] == ["disaggregated 1+1", "colocated 1×1", "chunked 1×1"]
+    assert apart[0].shape.role_flags["prefill"]["pages"] == "1000" and apart[0].shape.role_flags["decode"]["pages"] == "3000"
+    assert colocated[0].shape.worker_flags["pages"] == "4000" and colocated[0].shape.colocated == 1
+
+
+def test_systems_have_a_device_for_each_worker_unless_told_otherwise() -> None:
+    hardware = owned(parse(["--device", "cuda", "--pages", "4000"]), Path())
+    (apart,), (colocated,) = (variants(kind, hardware) for kind in ("disaggregated", "colocated"))
+    assert apart.shape.worker_flags["pages"] == colocated.shape.worker_flags["pages"] == "2000" and "prefill" not in apart.shape.role_flags
+    assert colocated.shape.colocated == 2
+    with pytest.raises(SystemExit):
+        parse(["--devices", "3"])
+
+
 # ------------------------------------------------------------------------------------------------------------ workloads
 
 
@@ -264,7 +281,6 @@ def test_figures_are_drawn_from_the_json_alone(tmp_path: Path) -> None:
 async def test_a_trial_waits_until_the_cores_are_at_rest_but_not_for_ever(monkeypatch: pytest.MonkeyPatch, busy: int) -> None:
     """vLLM's threads spin for a second after its last request, on the cores of whoever is asked next."""
     monkeypatch.setattr(trials, "REST_S", 0.001)
-    monkeypatch.setattr(trials, "RESTLESS_S", 0.2)
     looks = []
 
     class Watched(trials.Bench):
@@ -272,7 +288,7 @@ async def test_a_trial_waits_until_the_cores_are_at_rest_but_not_for_ever(monkey
             looks.append(1.0 * min(len(looks), busy))
             return {"": {"machine": looks[-1]}}
 
-    one = Watched([], Workload("known", (Shape(10, 2),), ""), None, trials.Plan(1, 20, 20, 0, 1), print)  # type: ignore[arg-type]
+    one = Watched([], Workload("known", (Shape(10, 2),), ""), None, trials.Plan(1, 20, 20, 0, 1, restless_s=0.2), print)  # type: ignore[arg-type]
     began = time.monotonic()
     await one._rest()
     if busy == 3:
