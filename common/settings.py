@@ -61,6 +61,12 @@ class WorkerSettings(CommonSettings):
         "auto",
         "with device cuda: a free GPU of this host by a lease in Redis (auto), the one with this index or UUID, or torch's choice (none)",
     )
+    gpu_percent: int = setting(
+        100,
+        "share of the card's multiprocessors that this worker may use at most, with NVIDIA's MPS; for workers that share a card",
+        low=1,
+        high=100,
+    )
     dtype: DType = setting("auto", "of weights and KV; auto: the model's own")
     tp: int = setting(1, "tensor parallelism: ranks among which the heads of each layer are divided", low=1, high=64)
     pp: int = setting(1, "pipeline parallelism: stages of consecutive layers; the worker has tp times pp ranks", low=1, high=64)

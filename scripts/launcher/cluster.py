@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scripts.launcher.child import Child, raise_priority
+from scripts.launcher.mps import Mps, wanted
 from scripts.launcher.valkey import Valkey
 
 READY_S = 120.0
@@ -57,6 +58,7 @@ class Cluster:
         self.secret.write_text(secrets.token_hex(32))
         self.valkey = (valkey or Valkey()) if shape.redis_url is None else None
         self.children = self._plan()
+        self.mps = Mps(self.folder) if wanted(shape.device, [child.flags for child in self.workers]) else None
 
     def __enter__(self) -> Cluster:
         return self
@@ -89,25 +91,34 @@ class Cluster:
     @property
     def env(self) -> dict[str, str]:
         own = {"BATON_REDIS_URL": self.redis_url, "BATON_FLEET_SECRET_FILE": str(self.secret)}
-        return {**own, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **self.shape.env}
+        shared = self.mps.env if self.mps is not None else {}
+        return {**own, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", **shared, **self.shape.env}
 
     # ----------------------------------------------------------------------------------------------------------- life
 
     def start(self, timeout_s: float = READY_S) -> None:
         """Start everything and wait until it is ready. Raises ClusterError; nothing is left running then."""
         try:
-            if self.valkey is not None:
-                try:
-                    self.valkey.start()
-                except (TimeoutError, ImportError) as error:
-                    raise ClusterError(str(error)) from error
-                raise_priority(self.valkey.pid)
-            for child in self.children.values():
-                self.launch(child)
+            self.begin()
             self.wait_ready(timeout_s=timeout_s)
         except BaseException:
             self.stop()
             raise
+
+    def begin(self) -> None:
+        """Start everything and do not wait. Raises ClusterError."""
+        if self.valkey is not None:
+            try:
+                self.valkey.start()
+            except (TimeoutError, ImportError) as error:
+                raise ClusterError(str(error)) from error
+            raise_priority(self.valkey.pid)
+        if self.mps is not None and not self.mps.start():
+            self._say(f"no MPS, {self.mps.failure}: workers that share a GPU take turns, each with all of it")
+            for child in self.workers:
+                child.flags.pop("gpu_percent", None)
+        for child in self.children.values():
+            self.launch(child)
 
     def launch(self, child: Child) -> None:
         child.start(self.env)
@@ -154,6 +165,8 @@ class Cluster:
                 except Exception:
                     child.process.kill()
                     child.process.wait()
+        if self.mps is not None:
+            self.mps.stop()
         if self.valkey is not None:
             self.valkey.stop()
         self._scratch.cleanup()

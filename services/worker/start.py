@@ -15,6 +15,7 @@ from common.queue import connect
 from common.service import Service, run
 from common.settings import WorkerSettings
 from services.transfer import environment
+from services.worker import mps
 from services.worker.lease import leased
 from services.worker.room import Room, build, cleared, pin
 
@@ -51,6 +52,7 @@ def start(kind: Kind) -> int:
     async def main(settings: WorkerSettings, service: Service) -> None:
         shares = pin(settings)
         environment.follow(settings.host)
+        mps.limit(settings)
         redis = connect(settings.redis_url, settings.redis_ca_file)
         try:
             async with leased(settings, redis, service):
