@@ -17,6 +17,8 @@ from scripts.launcher.child import die_with_parent
 from services.worker.mps import PIPES, listening
 
 BINARY = "nvidia-cuda-mps-control"
+DRIVER = "/usr/local/nvidia/bin"
+"""Where some hosts mount the driver's programs."""
 LOGS = "CUDA_MPS_LOG_DIRECTORY"
 START_S = 10.0
 QUIT_S = 10.0
@@ -30,6 +32,11 @@ def wanted(device: str, flags: list[Mapping[str, str]]) -> bool:
     places = [one.get("gpu", "none") for one in flags]
     shared = any(place != "auto" and places.count(place) > 1 for place in places)
     return device == "cuda" and shared and any(int(one.get("gpu_percent", "100")) < 100 for one in flags)
+
+
+def binary() -> str | None:
+    """The daemon's and its control's, where the driver brings it."""
+    return shutil.which(BINARY, path=f"{os.environ.get('PATH', os.defpath)}:{DRIVER}")
 
 
 class Mps:
@@ -51,15 +58,15 @@ class Mps:
 
     def start(self) -> bool:
         """Whether it runs. Start it from the main thread: it ends with the thread that started it."""
-        binary = shutil.which(BINARY)
-        if binary is None:
+        found = binary()
+        if found is None:
             self.failure = f"there is no {BINARY}"
             return False
         for folder in (self.pipes, self._logs):
             folder.mkdir(exist_ok=True)
         with (self._logs / "output.log").open("wb") as log:
             self._process = subprocess.Popen(
-                [binary, "-f"],
+                [found, "-f"],
                 env=self._own,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -83,7 +90,7 @@ class Mps:
         if self._process.poll() is None:
             try:
                 subprocess.run(
-                    [BINARY],
+                    [binary() or BINARY],
                     input=b"quit\n",
                     env=self._own,
                     stdout=subprocess.DEVNULL,

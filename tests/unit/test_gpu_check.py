@@ -11,6 +11,9 @@ import torch
 
 from scripts.gpu import check
 from scripts.gpu.model import greedy, random_model
+from scripts.gpu.system import bounded, due
+from scripts.load.curve import Curve
+from scripts.load.targets import Hardware, variants
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -54,3 +57,28 @@ def test_the_greedy_check_passes_what_is_right_and_fails_what_is_not(tmp_path: P
     right = torch_forward.TorchForward.__call__
     monkeypatch.setattr(torch_forward.TorchForward, "__call__", lambda self, launch: right(self, launch).roll(1, -1))
     assert not greedy(tmp_path, "float32", "torch", "cpu")["ok"]
+
+
+def test_whole_systems_are_measured_only_when_asked_for() -> None:
+    assert "system" not in check.SECTIONS and sum(check.SECTIONS.values()) < 480
+    assert set(check.LIMITS) == {*check.SECTIONS, "system"}
+
+
+def test_a_bound_is_the_prefills_alone() -> None:
+    (apart,) = variants("disaggregated", Hardware(Path(), "cuda", "auto", 4000, 1024, share=1))
+    one = bounded(apart, 30)
+    assert one.name == "disaggregated 1+1, prefill 30 %"
+    assert one.shape.role_flags["prefill"] == {"pages": "1000", "gpu_percent": "30"}
+    assert one.shape.role_flags["decode"] == apart.shape.role_flags["decode"] == {"pages": "3000"}
+    assert "gpu_percent" not in apart.shape.role_flags["prefill"]
+
+
+def test_the_strict_search_goes_first_and_the_loose_one_on_when_it_is_done_or_its_time_is_up() -> None:
+    curves = {name: {"a": Curve(16, 0.1, 200, 1.15)} for name in ("strict", "loose")}
+    assert due(curves, True) == ("strict", {"a": 16}) and due(curves, False) == ("loose", {"a": 16})
+    for rate, hits in ((16.0, 30), (18.0, 20)):
+        curves["strict"]["a"].add(rate, hits, 30)
+    assert due(curves, True) == ("loose", {"a": 16})
+    for rate, hits in ((16.0, 30), (18.0, 20)):
+        curves["loose"]["a"].add(rate, hits, 30)
+    assert due(curves, True) is None

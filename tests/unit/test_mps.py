@@ -119,7 +119,7 @@ def test_a_daemon_that_does_not_start_is_done_without(tmp_path: Path, daemon: No
 
 
 def test_without_the_binary_a_system_goes_on_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.launcher.mps.shutil.which", lambda name: None)
+    monkeypatch.setattr("scripts.launcher.mps.binary", lambda: None)
     said: list[str] = []
     launched: list[dict[str, str]] = []
     monkeypatch.setattr(Cluster, "launch", lambda self, child: launched.append({**child.flags, **self.env}))

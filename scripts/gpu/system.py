@@ -1,0 +1,415 @@
+"""Whole systems on one GPU, in the shape of Llama-3-8B with random weights: disaggregated, colocated and chunked beside each other.
+
+Time between tokens of running streams while 8k-token prompts arrive; the handoff of a 2,048-token prompt against a decode step; requests
+per second within strict and loose objectives. The disaggregated system is measured twice: its two workers taking turns on the card, and
+with its prefill bounded to a share of the multiprocessors (MPS), where that runs. Every result is given out as it comes.
+
+Beside `./scripts/gpu_check --only system` it can be called by itself, also without a GPU: `python -m scripts.gpu.system --tiny`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from scripts.gpu import checkpoint
+from scripts.gpu.checkpoint import Size
+from scripts.launcher.__main__ import wait_served
+from scripts.launcher.cluster import Cluster, ClusterError
+from scripts.launcher.model import obtain
+from scripts.launcher.mps import BINARY, binary
+from scripts.launcher.show import Progress
+from scripts.load import interference
+from scripts.load.__main__ import reach
+from scripts.load.curve import Curve
+from scripts.load.interference import Load
+from scripts.load.judge import Yardstick
+from scripts.load.results import trial_summary
+from scripts.load.targets import Hardware, Target, Variant, raise_own_priority, variants
+from scripts.load.texts import Writer
+from scripts.load.trials import Bench, Plan, Trial
+from scripts.load.workloads import load
+from scripts.trials import handoff
+
+Result = tuple[str, Any]
+
+ROOM_BYTES = 120 << 30
+"""A card with so much memory holds four copies of the weights, and the KV of three systems."""
+START_S, BOUNDED_START_S = 110.0, 70.0
+PATIENCE_S = 45.0
+"""Beyond its own length, that a measurement may take."""
+LAST_S = 15.0
+"""Left at the end, to stop everything."""
+SEED = 1
+SHARE = 0.9
+OBJECTIVES = {"strict": (3.0, 1.5), "loose": (5.0, 5.0)}
+"""TTFT and TPOT as multiples of what the idle disaggregated system takes."""
+STRICT_TIME = 0.6
+"""Of the search; what is left goes to the loose objectives."""
+FLOOR, CEILING, RESOLUTION = 0.1, 200.0, 1.15
+FAILURES = (ClusterError, RuntimeError, OSError, TimeoutError, httpx.HTTPError)
+"""Of a system that does not come up."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What is measured, how large and for how long."""
+
+    size: Size
+    device: str
+    pages: int
+    context: int
+    load: Load
+    warm_s: float
+    handoff_tokens: int
+    plan: Plan
+    first_rate: float
+    length_scale: float
+    budget_tokens: int
+    percents: tuple[int, ...]
+    """The prefill's shares of the card, tried in this order."""
+    goodput_s: float
+    whole_s: float
+
+
+GPU = Effort(
+    size=checkpoint.LLAMA_3_8B,
+    device="cuda",
+    pages=6144,
+    context=9216,
+    load=Load(streams=16, half_s=8.0, every_s=1.0, long_tokens=(8192,), answer_tokens=16, written_tokens=320, settle_s=1.0),
+    warm_s=2.0,
+    handoff_tokens=2048,
+    plan=Plan(seconds=5.0, least=40, most=150, cv=1.0, seed=SEED, restless_s=0.5),
+    first_rate=16.0,
+    length_scale=1.0,
+    budget_tokens=512,
+    percents=(50, 30),
+    goodput_s=150.0,
+    whole_s=345.0,
+)
+TINY = replace(
+    GPU,
+    size=checkpoint.TINY,
+    device="cpu",
+    pages=1024,
+    context=1024,
+    load=Load(streams=2, half_s=3.0, every_s=1.0, long_tokens=(512,), answer_tokens=8, written_tokens=64, settle_s=0.5),
+    warm_s=1.5,
+    handoff_tokens=256,
+    plan=Plan(seconds=2.0, least=6, most=12, cv=1.0, seed=SEED, restless_s=0.5),
+    first_rate=4.0,
+    length_scale=0.1,
+    budget_tokens=128,
+    percents=(),
+    goodput_s=20.0,
+    whole_s=150.0,
+)
+
+
+def results(model: str | None) -> Iterator[Result]:
+    yield from Systems(GPU, obtain(None, Progress()) if model is None else Path(model)).measured()
+
+
+class Systems:
+    """The systems that run, and what has been asked of them."""
+
+    def __init__(self, effort: Effort, tokenizer: Path) -> None:
+        self._effort = effort
+        self._tokenizer = tokenizer
+        self._began = time.monotonic()
+        self._say = Progress()
+        self._running: dict[str, Target] = {}
+        self._asked = itertools.count()
+        self._started = itertools.count(1)
+        self._base: Yardstick | None = None
+        """What the first system took when idle."""
+
+    def measured(self) -> Iterator[Result]:
+        """Everything, in an order in which a failure or the end of the time leaves what matters most. Nothing is left running."""
+        effort = self._effort
+        yield "about", self._about()
+        raise_own_priority()
+        with ExitStack() as stack:
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-system-", dir=roomy())))
+            stack.callback(self._stop)
+            began = time.monotonic()
+            written = checkpoint.write(place, effort.size, self._tokenizer, effort.device)
+            torch.cuda.empty_cache()
+            yield "checkpoint", {"bytes": written, "seconds": round(time.monotonic() - began, 1), "in": str(place.parent)}
+            self._texts(place)
+            hardware = Hardware(place, effort.device, "auto", effort.pages, effort.context, share=1)
+            apart, colocated = (variants(kind, hardware)[0] for kind in ("disaggregated", "colocated"))
+            chunked = variants("chunked", hardware, effort.budget_tokens)[0]
+            yield from (self._together if self._fit() else self._in_turn)(apart, colocated, chunked)
+        yield "done", {**self._about(), "seconds": round(time.monotonic() - self._began, 1)}
+
+    def _together(self, apart: Variant, colocated: Variant, chunked: Variant) -> Iterator[Result]:
+        """All on the card at once, so that trials take turns."""
+        yield from self._start([apart])
+        yield from self._start([colocated, chunked])  # two workers calibrate beside each other, as the first two did
+        yield from self._gaps(apart)
+        yield from self._handoff(apart)
+        yield from self._gaps(colocated)
+        yield from self._gaps(chunked)
+        best = apart
+        for percent in self._effort.percents:
+            if self._effort.device == "cuda" and binary() is None:
+                yield "MPS", {"skipped": f"there is no {BINARY}"}
+                break
+            if best is not apart and self._left() < self._effort.goodput_s + 60:
+                break
+            self._stop(best.name)
+            better = bounded(apart, percent)
+            yield from self._start([better], BOUNDED_START_S)
+            if better.name not in self._running:
+                break
+            yield from self._gaps(better)
+            yield from self._handoff(better)
+            best = better
+        if best.name not in self._running:
+            yield from self._start([best])
+        wanted = [variant.name for variant in (best, colocated, chunked) if variant.name in self._running]
+        yield from self._goodput(wanted, self._effort.goodput_s)
+
+    def _in_turn(self, apart: Variant, colocated: Variant, chunked: Variant) -> Iterator[Result]:
+        """One system at a time: a card that holds no more."""
+        for variant in (apart, colocated, chunked, *(bounded(apart, percent) for percent in self._effort.percents[:1])):
+            if self._left() < 45:
+                break
+            yield from self._start([variant])
+            if variant.name not in self._running:
+                continue
+            yield from self._gaps(variant)
+            if variant.kind == apart.kind:
+                yield from self._handoff(variant)
+            yield from self._goodput([variant.name], self._effort.goodput_s / 4)
+            self._stop(variant.name)
+
+    # ---------------------------------------------------------------------------------------------------- starting, ending
+
+    def _start(self, wanted: Sequence[Variant], patience_s: float = START_S) -> Iterator[Result]:
+        """Those that come up are running then, and measured from here on; of the others the reason is told."""
+        began = time.monotonic()
+        names = {variant.name: f"start {next(self._started)}, {variant.name}" for variant in wanted}
+        clusters = [(variant, Cluster(variant.shape, self._say)) for variant in wanted]
+        for variant, cluster in clusters:
+            self._say(f"starting {variant.name}")
+            try:
+                cluster.begin()
+            except FAILURES as error:
+                cluster.stop()
+                yield names[variant.name], {"ok": False, "error": str(error)}
+        for variant, cluster in clusters:
+            if not any(child.process for child in cluster.children.values()):
+                continue
+            try:
+                cluster.wait_ready(timeout_s=max(1.0, min(patience_s, self._left()) - (time.monotonic() - began)))
+                wait_served(cluster.urls[0])
+                if cluster.mps is not None and not cluster.mps.env:
+                    raise ClusterError(f"no MPS: {cluster.mps.failure}")
+                self._running[variant.name] = reach(variant, cluster)
+            except FAILURES as error:
+                told = {child.name: child.log.read_text(errors="replace").splitlines()[-4:] for child in cluster.workers}
+                cluster.stop()
+                yield names[variant.name], {"started": False, "error": str(error)[:300], "logs": told}
+                continue
+            limits = {child.name: said(cluster, child.name, "engine built") for child in cluster.workers}
+            yield names[variant.name], {"seconds": round(time.monotonic() - began, 1), "engines": limits}
+
+    def _stop(self, name: str | None = None) -> None:
+        """One of them, or all."""
+        for one in [name] if name is not None else list(self._running):
+            target = self._running.pop(one, None)
+            if target is not None and target.cluster is not None:
+                target.cluster.stop()
+
+    # ----------------------------------------------------------------------------------------------------------- measuring
+
+    def _gaps(self, variant: Variant) -> Iterator[Result]:
+        """Time between tokens of running streams, without and with long prompts."""
+        target = self._running.get(variant.name)
+        if target is None:
+            return
+        effort, found = self._effort, {}
+        try:
+            for one in (replace(effort.load, half_s=effort.warm_s, settle_s=0.0), effort.load):
+                measure = interference.measure(target, self._streams, one, next(self._asked))
+                found = asyncio.run(within(measure, 2 * one.half_s + PATIENCE_S))
+        except Exception as error:
+            found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+        yield f"between tokens, {variant.name}", found
+
+    def _handoff(self, variant: Variant) -> Iterator[Result]:
+        target = self._running.get(variant.name)
+        if target is None or target.cluster is None:
+            return
+        prompt = random.Random(SEED).choices(checkpoint.plain(self._tokenizer), k=self._effort.handoff_tokens)
+        try:
+            cost = asyncio.run(within(handoff.measure(target.server.url, prompt, 7, target.server.model), PATIENCE_S))
+            steps = {"transfer_in_steps": round(cost.transfer_ms / cost.decode_step_ms, 3)}
+            found = {**asdict(cost), **steps, "transport": said(target.cluster, "prefill-0", "transfer open")}
+        except Exception as error:
+            found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+        yield f"handoff, {variant.name}", found
+
+    def _goodput(self, names: Sequence[str], seconds: float) -> Iterator[Result]:
+        """Trials of these systems in turn, each judged by both objectives; searches the strict goodput first, then the loose one."""
+        effort, began = self._effort, time.monotonic()
+        until = began + min(seconds, self._left())
+        targets = [self._running[name] for name in names]
+        if not targets or until - began < 5:
+            yield f"goodput, {', '.join(names)}", {"error": "no system, or no time left"}
+            return
+        bench = Bench(targets, self._workload, self._writer, effort.plan, self._say)
+        try:
+            asyncio.run(within(bench.measure_unloaded(1), PATIENCE_S))
+        except Exception as error:
+            yield "unloaded", {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+            return
+        self._base = self._base or bench.unloaded[names[0]]
+        yield f"unloaded, {', '.join(names)}", {name: asdict(one) for name, one in bench.unloaded.items()}
+        judges = {name: Yardstick(self._base.ttft, self._base.tpot_s, *scales) for name, scales in OBJECTIVES.items()}
+        curves = {name: {one.name: Curve(effort.first_rate, FLOOR, CEILING, RESOLUTION) for one in targets} for name in judges}
+        strict_until = began + STRICT_TIME * (until - began)
+        for turn in itertools.count():
+            wanted = due(curves, time.monotonic() < strict_until)
+            if wanted is None or time.monotonic() >= until:
+                break
+            objective, rates = wanted
+            for name, rate in rates.items():
+                left = until - time.monotonic()
+                if left <= 0:
+                    break
+                try:
+                    done = asyncio.run(within(bench.run(self._running[name], rate, judges[objective], turn), left + LAST_S / 2))
+                except Exception as error:
+                    yield f"trial, {name}, {rate:.2f}/s", {"error": f"{type(error).__name__}: {error}"[:300]}
+                    break
+                if not done.void:
+                    for kind, judge in judges.items():
+                        curves[kind][name].add(rate, sum(map(judge.attains, done.records)), len(done.records))
+                yield f"trial {len(bench.trials)}, {name}, {rate:.2f}/s", body(done, judges, objective)
+        yield (
+            f"goodput, {', '.join(names)}",
+            {
+                "objectives": {name: asdict(judge) for name, judge in judges.items()},
+                "found": {kind: {name: summary(curve) for name, curve in ones.items()} for kind, ones in curves.items()},
+                "trials": len(bench.trials),
+                "seconds": round(time.monotonic() - began, 1),
+            },
+        )
+
+    # -------------------------------------------------------------------------------------------------------------- inside
+
+    def _texts(self, place: Path) -> None:
+        effort = self._effort
+        self._streams = Writer(place, interference.workload(effort.context, effort.load), SEED)
+        self._workload = load("chatbot", effort.context, SEED, effort.length_scale)
+        self._writer = Writer(place, self._workload, SEED)
+
+    def _left(self) -> float:
+        return self._began + self._effort.whole_s - LAST_S - time.monotonic()
+
+    def _fit(self) -> bool:
+        return self._effort.device == "cpu" or torch.cuda.mem_get_info()[1] >= ROOM_BYTES
+
+    def _about(self) -> dict[str, Any]:
+        effort = self._effort
+        card = torch.cuda.get_device_name() if effort.device == "cuda" else "cpu"
+        return {
+            "device": card,
+            "model": asdict(effort.size),
+            "load": asdict(effort.load),
+            "pages_of_each_system": effort.pages,
+            "context_tokens": effort.context,
+            "chunk_budget_tokens": effort.budget_tokens,
+            "trials": asdict(effort.plan),
+            "lengths": f"chatbot × {effort.length_scale:g}",
+            "objectives_ttft_tpot": OBJECTIVES,
+        }
+
+
+def bounded(variant: Variant, percent: int) -> Variant:
+    """The same with a prefill that may use only so much of the card."""
+    flags = variant.shape.role_flags
+    role_flags = {**flags, "prefill": {**flags.get("prefill", {}), "gpu_percent": str(percent)}}
+    return replace(variant, placement=f"{variant.placement}, prefill {percent} %", shape=replace(variant.shape, role_flags=role_flags))
+
+
+def due(curves: dict[str, dict[str, Curve]], strict_first: bool) -> tuple[str, dict[str, float]] | None:
+    """Which objective's search goes on, and the next rate of every system that it still has to find; None when nothing is left."""
+    for objective in ("strict", "loose") if strict_first else ("loose", "strict"):
+        rates = {name: rate for name, curve in curves[objective].items() if (rate := curve.next_rate(SHARE)) is not None}
+        if rates:
+            return objective, rates
+    return None
+
+
+def body(done: Trial, judges: dict[str, Yardstick], objective: str) -> dict[str, Any]:
+    """A trial's figures. P99 of TTFT and TPOT are of the requests that were answered."""
+    told = trial_summary(done, judges["strict"])
+    shares = {name: round(sum(map(judge.attains, done.records)) / len(done.records), 4) for name, judge in judges.items()}
+    kept = ("requests", "failed", "void", "late_p99_s", "ttft_s", "tpot_s", "between_s", "transfers_within_a_step", "stages_ms")
+    figures = {name: told[name] for name in kept if name in told}
+    return {"searching": objective, "attained": shares, **figures, "seconds": round(done.seconds, 1)}
+
+
+def summary(curve: Curve) -> dict[str, Any]:
+    return {
+        **asdict(curve.goodput(SHARE)),
+        "curve": [[rate, round(curve.attainment(rate), 4), curve.asked[rate]] for rate in sorted(curve.asked)],
+    }
+
+
+def said(cluster: Cluster, child: str, words: str) -> str | None:
+    """The last line of a child's log with these words, from there on."""
+    lines = cluster.children[child].log.read_text(errors="replace").splitlines()
+    return next((line[line.index(words) :][:300] for line in reversed(lines) if words in line), None)
+
+
+async def within(work: Any, seconds: float) -> Any:
+    async with asyncio.timeout(seconds):
+        return await work
+
+
+def roomy() -> str:
+    """Where a checkpoint of 16 GB is written and read fastest: memory, if there is plenty, else the usual place."""
+    memory = Path("/dev/shm")  # noqa: S108
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 40 << 30 else tempfile.gettempdir()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m scripts.gpu.system", description=__doc__)
+    parser.add_argument("--model", help="folder with the tokenizer's files [the default model's]")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, on the CPU: the same steps in a minute or two")
+    parser.add_argument("--seconds", type=float, help="in all [345; tiny 150]")
+    parser.add_argument("--goodput", type=float, metavar="SECONDS", help="for the search of goodput [150; tiny 20]")
+    parser.add_argument("--percents", help="shares of the card for the prefill, tried in this order; 0: none [50,30]")
+    chosen = parser.parse_args()
+    effort = TINY if chosen.tiny else GPU
+    if chosen.percents:
+        effort = replace(effort, percents=tuple(int(word) for word in chosen.percents.split(",") if int(word)))
+    effort = replace(effort, whole_s=chosen.seconds or effort.whole_s, goodput_s=chosen.goodput or effort.goodput_s)
+    for result in Systems(effort, obtain(None, Progress()) if chosen.model is None else Path(chosen.model)).measured():
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
