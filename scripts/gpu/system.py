@@ -15,6 +15,7 @@ import itertools
 import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -402,6 +403,7 @@ def main() -> int:
     parser.add_argument("--goodput", type=float, metavar="SECONDS", help="for the search of goodput [150; tiny 20]")
     parser.add_argument("--percents", help="shares of the card for the prefill, tried in this order; 0: none [50,30]")
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # nothing is left running, and no checkpoint lies about
     effort = TINY if chosen.tiny else GPU
     if chosen.percents:
         effort = replace(effort, percents=tuple(int(word) for word in chosen.percents.split(",") if int(word)))
