@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import linear
 from transformers import LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from common.errors import StartError
+from services.engine.bench.ceilings import native_product
 from services.engine.forward import choose
 from services.engine.model import LoadedModel, load
 from services.engine.native import build
 from services.engine.native.build import KINDS, Unavailable, target
 from services.engine.native.forward import NativeForward, NativeWeights, refusal
+from services.engine.native.library import functions
 from services.engine.pool import Pool
 from services.engine.runner import Runner
 from services.engine.torch_forward import TorchForward
@@ -134,6 +139,30 @@ def test_threads_compute_the_same(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
+
+
+@able
+@pytest.mark.parametrize("kind", playable())
+def test_products_stay_in_registers(kind: str) -> None:
+    """A product of float32 takes no more than four times torch's time, in CPU time. Vectors wider than this kind's registers once lay in
+    memory: it took more than ten times as long."""
+    x, weight = torch.randn(96, 576), torch.randn(1536, 576)
+    ours, theirs = (least_cpu_s(run) for run in (native_product(functions(build.library(kind)), x, weight), lambda: linear(x, weight)))
+    assert ours < 4 * theirs
+
+
+def least_cpu_s(run: Callable[[], object]) -> float:
+    before = torch.get_num_threads()
+    taken = []
+    try:
+        torch.set_num_threads(1)
+        for _ in range(9):
+            began = time.process_time()
+            run()
+            taken.append(time.process_time() - began)
+    finally:
+        torch.set_num_threads(before)
+    return min(taken)
 
 
 @able

@@ -51,7 +51,7 @@ inline long padded(long tokens) { return (tokens + KEYS - 1) / KEYS * KEYS; }
 // Scores of `R` rows with KEYS keys, turned over: keys `[PIECES][lanes][16]`.
 template <class E, int R>
 INLINE void score(const uint32_t* q, long q_row, const uint32_t* keys, long lanes, float* to, long to_row) {
-    constexpr int V = R <= 6 ? 4 : 2;  // as many vectors as there are registers for sums
+    constexpr int V = together(R);
     for (int v = 0; v < PIECES; v += V) {
         F sums[R][V] = {};
         multiply<E, R, V>(sums, q, q_row, keys + v * lanes * W, W, lanes * W, lanes);
@@ -74,7 +74,7 @@ INLINE void unpair(uint16_t* to, F (&sums)[2]) {
     alignas(64) uint16_t even[W], odd[W];
     Bf16::narrow(even, sums[0]);
     Bf16::narrow(odd, sums[1]);
-    U lanes = __builtin_convertvector(load<H>(even), U) | (__builtin_convertvector(load<H>(odd), U) << 16);
+    U lanes = wide(load<H>(even)) | (wide(load<H>(odd)) << 16);
     store(to, lanes);
 }
 
@@ -186,15 +186,16 @@ void gather(const Pages& pages, const int64_t* table, long tokens, long head, lo
 // rows `[R]` of weights times KEYS values, added to `out` `[R][head_dim]` floats.
 template <class E, int R>
 INLINE void add_values(const uint32_t* weights, const uint32_t* values, long dim, float* out) {
-    for (long c = 0; c < dim; c += 2 * W) {
-        F sums[R][2];
+    constexpr int V = together(R) < 2 ? 1 : 2;
+    for (long c = 0; c < dim; c += V * W) {
+        F sums[R][V];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
-            for (int j = 0; j < 2; ++j) sums[r][j] = load<F>(out + r * dim + c + j * W);
-        multiply<E, R, 2>(sums, weights, KEYS / E::step, values + c, dim, W, KEYS / E::step);
+            for (int j = 0; j < V; ++j) sums[r][j] = load<F>(out + r * dim + c + j * W);
+        multiply<E, R, V>(sums, weights, KEYS / E::step, values + c, dim, W, KEYS / E::step);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
-            for (int j = 0; j < 2; ++j) store(out + r * dim + c + j * W, sums[r][j]);
+            for (int j = 0; j < V; ++j) store(out + r * dim + c + j * W, sums[r][j]);
     }
 }
 
@@ -202,7 +203,7 @@ INLINE void add_values(const uint32_t* weights, const uint32_t* values, long dim
 template <class E>
 void scores_of(long rows, const uint32_t* queries, const uint32_t* keys, long lanes, float* to) {
     long r = 0;
-    for (; r + 12 <= rows; r += 12) score<E, 12>(queries + r * lanes, lanes, keys, lanes, to + r * KEYS, KEYS);
+    for (; r + E::rows <= rows; r += E::rows) score<E, E::rows>(queries + r * lanes, lanes, keys, lanes, to + r * KEYS, KEYS);
     for (; r + 4 <= rows; r += 4) score<E, 4>(queries + r * lanes, lanes, keys, lanes, to + r * KEYS, KEYS);
     for (; r < rows; ++r) score<E, 1>(queries + r * lanes, lanes, keys, lanes, to + r * KEYS, KEYS);
 }
@@ -212,7 +213,7 @@ template <class E>
 void values_of(long rows, const uint32_t* weights, const uint32_t* values, long dim, float* out) {
     constexpr long lanes = KEYS / E::step;
     long r = 0;
-    for (; r + 12 <= rows; r += 12) add_values<E, 12>(weights + r * lanes, values, dim, out + r * dim);
+    for (; r + E::rows <= rows; r += E::rows) add_values<E, E::rows>(weights + r * lanes, values, dim, out + r * dim);
     for (; r + 4 <= rows; r += 4) add_values<E, 4>(weights + r * lanes, values, dim, out + r * dim);
     for (; r < rows; ++r) add_values<E, 1>(weights + r * lanes, values, dim, out + r * dim);
 }

@@ -30,10 +30,14 @@ INLINE void multiply(F (&sums)[R][V], const uint32_t* a, long a_row, const uint3
 
 template <class E, int R>
 __attribute__((noinline)) void tile(const uint32_t* a, const uint32_t* panel, long depth, float* to) {
-    F sums[R][2] = {};
-    multiply<E, R, 2>(sums, a, depth, panel, COLUMNS, W, depth);
+    constexpr int V = together(R) < 2 ? 1 : 2;
+    for (int c = 0; c < COLUMNS; c += V * W) {
+        F sums[R][V] = {};
+        multiply<E, R, V>(sums, a, depth, panel + c, COLUMNS, W, depth);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) store(to + r * COLUMNS, sums[r][0]), store(to + r * COLUMNS + W, sums[r][1]);
+        for (int r = 0; r < R; ++r)
+            for (int j = 0; j < V; ++j) store(to + r * COLUMNS + c + j * W, sums[r][j]);
+    }
 }
 
 template <class E, int... R>

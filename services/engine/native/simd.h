@@ -1,59 +1,12 @@
-// Sixteen lanes of 32 bits, and the two kinds of elements that fit into them: one float, or two bfloat16.
+// The two kinds of elements that lanes hold, one float or two bfloat16, and what is computed with them.
 //
 // Everything above this file is written in lanes: a lane of activations times a lane of weights is one multiply-add (float) or two
-// (bfloat16 pairs, one instruction on CPUs with AVX-512 BF16). GCC's vectors carry the rest to any CPU.
+// (bfloat16 pairs, one instruction on CPUs with AVX-512 BF16).
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "lanes.h"
 
 namespace baton {
-
-constexpr int W = 16;
-using F = float __attribute__((vector_size(64)));
-using I = int32_t __attribute__((vector_size(64)));
-using U = uint32_t __attribute__((vector_size(64)));
-using H = uint16_t __attribute__((vector_size(32)));
-
-#define INLINE inline __attribute__((always_inline))
-
-template <class V, class T>
-INLINE V load(const T* from) {
-    V v;
-    memcpy(&v, from, sizeof v);
-    return v;
-}
-template <class V, class T>
-INLINE void store(T* to, V v) {
-    memcpy(to, &v, sizeof v);
-}
-INLINE F splat(float x) { return F{} + x; }
-INLINE U splat(uint32_t x) { return U{} + x; }
-INLINE F larger(F a, F b) { return a > b ? a : b; }
-INLINE F bits(U v) { return reinterpret_cast<F>(v); }
-INLINE U bits(F v) { return reinterpret_cast<U>(v); }
-
-INLINE float sum(F v) {
-#ifdef __AVX512F__
-    return _mm512_reduce_add_ps(reinterpret_cast<__m512>(v));
-#else
-    float s = 0;
-    for (int i = 0; i < W; ++i) s += v[i];
-    return s;
-#endif
-}
-INLINE float largest(F v) {
-#ifdef __AVX512F__
-    return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
-#else
-    float m = v[0];
-    for (int i = 1; i < W; ++i) m = v[i] > m ? v[i] : m;
-    return m;
-#endif
-}
 
 // 2^y; 0 for y < -126, minus infinity included; at least 2^127 for y > 127. Least-squares polynomials on [-1/2, 1/2]: relative error below
 // 3e-7, or with PLACES = 3 below 1e-4, a twentieth of what rounding to bfloat16 costs.
@@ -70,13 +23,13 @@ INLINE F exp2_to(F y) {
     return reinterpret_cast<F>(_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(z, _mm512_set1_ps(-126.f), _CMP_GE_OQ), p, _mm512_sub_ps(z, f)));
 #else
     const F magic = splat(12582912.f);
-    y = y < splat(127.f) ? y : splat(127.f);
+    y = smaller(y, splat(127.f));
     F t = y + magic;  // rounds to an integer, which then lies in the lowest bits
     F f = y - (t - magic), p = splat(c[PLACES]);
 #pragma GCC unroll 6
     for (int i = PLACES - 1; i >= 0; --i) p = p * f + splat(c[i]);
     F r = bits(bits(p) + (bits(t) << 23));
-    return y >= splat(-126.f) ? r : F{};
+    return from_on(y, -126.f, r);
 #endif
 }
 INLINE F exp2(F y) { return exp2_to<6>(y); }
@@ -130,7 +83,7 @@ INLINE void transpose(const uint32_t* from, long stride, uint32_t* to) {
 struct Float {
     struct Session {};
     using T = float;
-    static constexpr int rows = 12, unit = 1, piece = 0, pairs = 0;  // 12 rows x 2 vectors of sums leave registers for weights and one activation
+    static constexpr int rows = ROWS_AT_ONCE, unit = 1, piece = 0, pairs = 0;
     static constexpr int step = 1;  // elements in a lane
     static INLINE long place(long row, long column, long width) { return row * width + column; }
     static INLINE F mac(F acc, U a, U w) { return acc + bits(a) * bits(w); }
@@ -143,7 +96,7 @@ struct Float {
 struct Bf16 {
     struct Session {};
     using T = uint16_t;
-    static constexpr int rows = 12, unit = 1, piece = 0, pairs = 0;
+    static constexpr int rows = ROWS_AT_ONCE, unit = 1, piece = 0, pairs = 0;
     static constexpr int step = 2;
     static INLINE long place(long row, long column, long width) { return row * width + column; }
     static INLINE F mac(F acc, U a, U w) {
@@ -157,9 +110,9 @@ struct Bf16 {
     }
     static INLINE F exp2(F y) { return exp2_to<3>(y); }
     static INLINE U lanes(const T* a, const T* b) {
-        return __builtin_convertvector(load<H>(a), U) | __builtin_convertvector(load<H>(b), U) << 16;
+        return wide(load<H>(a)) | wide(load<H>(b)) << 16;
     }
-    static INLINE F widen(const T* from) { return bits(__builtin_convertvector(load<H>(from), U) << 16); }
+    static INLINE F widen(const T* from) { return bits(wide(load<H>(from)) << 16); }
     static INLINE void narrow(T* to, F v) {  // to the nearest, ties to even
 #ifdef __AVX512BF16__
         const __m256bh b = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
@@ -167,7 +120,7 @@ struct Bf16 {
 #else
         U b = bits(v);
         b = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-        store(to, __builtin_convertvector(b, H));
+        store(to, baton::narrow(b));
 #endif
     }
 };
