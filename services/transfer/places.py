@@ -43,6 +43,11 @@ class Places:
             torch.cuda.set_device(self._device)
             torch.cuda.synchronize(self._device)
 
+    def quiesce(self) -> None:
+        """Return when no copy on the device is under way, whoever has started it."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
     def part(self, other: Shard) -> Shard | None:
         """What this rank and a peer's hold in common of each page."""
         return common_part(self._shard, other)

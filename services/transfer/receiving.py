@@ -1,11 +1,14 @@
 """The receiving half over UCX: one worker per peer, posted receives, and an end after which nothing can write any more.
 
 UCXX cancels the requests of an endpoint, never those of a worker. So each receiving worker has an endpoint to itself, its *door*,
-through which receives are posted; closing the door cancels them, and each is seen to complete.
+through which receives are posted; closing the door cancels them, and each is seen to complete. Not one that holds part of a message which
+goes by copies (over TCP): UCX waits for the rest, whatever becomes of the sender. The worker is destroyed with it then.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,6 +112,23 @@ class Receiver:
         """Cancel what is not matched yet; what is under way ends by itself."""
         if self._closed is None:
             self._closed = self._door.close()
+
+    def destroy(self) -> None:
+        """After `close`: the UCX worker goes with whatever has not ended, so nothing can write any more.
+
+        UCXX would not let go of it: a request under way holds its worker, and the worker its requests. So it is destroyed beneath UCXX, whose
+        objects must never be (they would touch it): they and their handles of a few KB stay for good.
+        """
+        self._places.quiesce()
+        under_way = [receive.request for posted in self._posted.values() for receive in posted]
+        for kept in (self.worker, self._door, self._closed, self._discarded, under_way):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+        ctypes.CDLL("libucp.so.0", mode=os.RTLD_NOLOAD).ucp_worker_destroy(ctypes.c_void_p(self.worker.handle))
+        os.close(self.worker.epoll_file_descriptor)
+        for grant, posted in self._posted.items():
+            for receive in posted:
+                self._emit(self._book.completed(grant, receive.index, None, whole=False, source=receive.source))
+        self._posted.clear()
 
     @property
     def ended(self) -> bool:

@@ -1,7 +1,7 @@
 """Pages over UCX (through UCXX): one thread that progresses everything, one receiving worker per peer, one endpoint per way out.
 
 A peer's grants are received on a UCX worker of their own. Closing the peer cancels what that worker still expects and destroys it, so
-nothing it might yet send can land in pages that are granted again. Sends go out by rendezvous with the receiver reading
+nothing it might yet send can land in pages that are granted again; receives that do not end are destroyed with it. Sends go out by rendezvous with the receiver reading
 (`get_zcopy`), from endpoints with error handling: a killed peer fails them within about a second.
 """
 
@@ -44,7 +44,7 @@ DEAF_WAIT_S = 0.001
 """The same once that has happened. Between containers it always does: UCX wakes a peer in shared memory through a socket that stays inside
 its network namespace."""
 CLOSE_S = 3.0
-"""A closed peer's receives should have ended by then; pages of those that have not stay in quarantine."""
+"""A closed peer's receives should have ended by then; those that have not are destroyed with their worker."""
 
 
 @dataclass(eq=False)
@@ -52,7 +52,6 @@ class _Closing:
     receiver: Receiver
     peer: Incarnation
     deadline: float
-    quarantined: bool = False
 
 
 class UcxTransfer:
@@ -186,7 +185,7 @@ class UcxTransfer:
             wait_s = IDLE_WAIT_S
             if len(self._inbound) or len(self._outbound):
                 wait_s = DEAF_WAIT_S if self._deaf else BUSY_WAIT_S
-            wait_s = min([wait_s, *(max(closing.deadline - now, 0.01) for closing in self._closing if not closing.quarantined)])
+            wait_s = min([wait_s, *(max(closing.deadline - now, 0.01) for closing in self._closing)])
             ready = self._poll.poll(wait_s)
             self._overslept = not ready
             if any(fd == self._wake_fd for fd, _ in ready):
@@ -235,13 +234,14 @@ class UcxTransfer:
     def _settle(self, closing: _Closing) -> None:
         """A closed receiver goes when nothing it posted can complete any more; its grants have landed by then."""
         receiver = closing.receiver
-        if receiver.ended and receiver.drained():
-            self._closing.remove(closing)
-            self._poll.unregister(receiver.worker.epoll_file_descriptor)
-        elif not closing.quarantined and time.monotonic() > closing.deadline:
-            closing.quarantined = True
-            self._received.failures += 1
-            log.error("receives of a closed peer do not end: their pages stay in quarantine", peer=closing.peer)
+        gone = receiver.ended and receiver.drained()
+        if not gone and time.monotonic() < closing.deadline:
+            return
+        self._closing.remove(closing)
+        self._poll.unregister(receiver.worker.epoll_file_descriptor)
+        if not gone:
+            receiver.destroy()
+            log.warning("receives of a closed peer did not end: destroyed", peer=closing.peer)
 
     def _shut(self) -> None:
         """Pages are left alone once nothing writes into them; what does not end by the deadline goes with the process."""

@@ -117,6 +117,18 @@ class Here:
             time.sleep(0.0001)
 
 
+EITHER = pytest.mark.parametrize("transports", ["", "tcp,self"], ids=["fastest", "tcp"], indirect=True)
+"""Pages of one host go by zero-copy reads, over TCP as copies: their receives do not end in the same ways."""
+ONE_HOST = pytest.mark.skipif("UCX_TLS" in os.environ, reason="what is to carry the pages has been chosen")
+
+
+@pytest.fixture(autouse=True)
+def transports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those UCX may choose from, in this process and in those that it starts."""
+    if chosen := getattr(request, "param", ""):
+        monkeypatch.setenv("UCX_TLS", chosen)
+
+
 @pytest.fixture
 def here() -> Iterator[Here]:
     end = Here()
@@ -158,6 +170,7 @@ def test_pages_cross_processes_whole_and_verified(here: Here, other: Other) -> N
     assert other.answer("counts").sent_bytes == 2 * PAGES * PAGE_BYTES
 
 
+@ONE_HOST
 def test_containers_with_networks_of_their_own_do_not_wait_for_a_timer(here: Here) -> None:
     """UCX wakes a peer in shared memory through a socket that does not leave the network namespace."""
     other = Other(apart=True)
@@ -174,6 +187,7 @@ def test_containers_with_networks_of_their_own_do_not_wait_for_a_timer(here: Her
     assert min(took[1:]) < 0.5, took
 
 
+@ONE_HOST
 def test_the_receiver_reads_and_says_by_what(here: Here, other: Other) -> None:
     other.tell("expect", "here", 1, ALL, ALL, (SHARD,))
     here.transfer.push("there", other.answer("event").ranks[0], 1, 1, ALL, ALL)
@@ -182,6 +196,7 @@ def test_the_receiver_reads_and_says_by_what(here: Here, other: Other) -> None:
     assert here.transfer.transport.endswith("cma"), "not the zero-copy read that one host can do"
 
 
+@EITHER
 def test_a_killed_sender_leaves_pages_that_can_be_granted_again(here: Here, unfinished: Other) -> None:
     _push(unfinished, here.expect(1), 1)
     here.until_first_page()
@@ -196,6 +211,7 @@ def test_a_killed_sender_leaves_pages_that_can_be_granted_again(here: Here, unfi
         other.kill()
 
 
+@EITHER
 def test_a_sender_killed_before_it_pushed(here: Here, other: Other) -> None:
     here.expect(1)
     other.kill()
@@ -203,6 +219,7 @@ def test_a_sender_killed_before_it_pushed(here: Here, other: Other) -> None:
     assert here.next(Landed, timeout_s=3.5) == Landed(1)
 
 
+@EITHER
 def test_a_killed_receiver_fails_the_push_within_seconds(here: Here, other: Other) -> None:
     other.tell("expect", "here", 1, ALL, ALL, (SHARD,))
     rank = other.answer("event").ranks[0]
@@ -227,6 +244,7 @@ def test_a_killed_idle_receiver_is_noticed_by_the_next_push(here: Here, other: O
     assert here.next(PushFailed, timeout_s=4.0).handoff == 1
 
 
+@EITHER
 def test_a_stopped_sender_cannot_write_into_pages_granted_to_others(here: Here, unfinished: Other) -> None:
     """The sender stops in the middle; its peer is closed, its pages are granted to a local sender, and it goes on."""
     _push(unfinished, here.expect(1), 1)
@@ -253,6 +271,7 @@ def test_a_stopped_sender_cannot_write_into_pages_granted_to_others(here: Here, 
         local.transfer.close()
 
 
+@EITHER
 def test_a_stopped_receiver_holds_up_nobody_else(here: Here, other: Other) -> None:
     """Sends to it cannot be recalled, but its peer can be closed, others be served, and the whole be closed in bounded time."""
     other.tell("expect", "here", 1, ALL, ALL, (SHARD,))
