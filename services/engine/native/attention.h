@@ -96,7 +96,8 @@ void weigh(const Pages& pages, const int64_t* table, long tokens, long head, con
 #pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     U x = splat(p[(r * room + t) / E::step]);
-                    for (int j = 0; j < E::step; ++j) sums[r][j] = E::mac(sums[r][j], x, pairs[j]);
+                    for (int j = 0; j < E::step; ++j)
+                        for (int part = 0; part < E::parts; ++part) sums[r][j] = E::mac(sums[r][j], E::part(x, part), E::part(pairs[j], part));
                 }
             }
         }

@@ -15,17 +15,19 @@ constexpr int COLUMNS = 2 * W;
 // sums[r][j] += a[r] . w[:, j]: `depth` lanes of `R` rows, `a_row` apart, times `V` vectors of weights, `w_vector` apart.
 template <class E, int R, int V>
 INLINE void multiply(F (&sums)[R][V], const uint32_t* a, long a_row, const uint32_t* w, long w_lane, long w_vector, long depth) {
-    for (long k = 0; k < depth; ++k) {
-        U lanes[V];
+    for (long k = 0; k < depth; ++k)
+#pragma GCC unroll 2
+        for (int part = 0; part < E::parts; ++part) {  // one part of the weights at a time: for more there are no registers
+            U lanes[V];
 #pragma GCC unroll 8
-        for (int j = 0; j < V; ++j) lanes[j] = load<U>(w + k * w_lane + j * w_vector);
+            for (int j = 0; j < V; ++j) lanes[j] = E::part(load<U>(w + k * w_lane + j * w_vector), part);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-            U x = splat(a[r * a_row + k]);
+            for (int r = 0; r < R; ++r) {
+                U x = E::part(E::parts > 1 ? spread(a + r * a_row + k) : splat(a[r * a_row + k]), part);
 #pragma GCC unroll 8
-            for (int j = 0; j < V; ++j) sums[r][j] = E::mac(sums[r][j], x, lanes[j]);
+                for (int j = 0; j < V; ++j) sums[r][j] = E::mac(sums[r][j], x, lanes[j]);
+            }
         }
-    }
 }
 
 template <class E, int R>

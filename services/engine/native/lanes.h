@@ -96,6 +96,16 @@ INLINE V filled(S x) {
 }
 INLINE F splat(float x) { return filled<F>(x); }
 INLINE U splat(uint32_t x) { return filled<U>(x); }
+// The same of a word in memory, as one load: what GCC makes of it passes through a register of integers as soon as it is shifted.
+INLINE U spread(const uint32_t* at) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+    WordPart half;
+    __asm__ volatile("vbroadcastss %1, %0" : "=x"(half) : "m"(*at));
+    return {half, half};
+#else
+    return splat(*at);
+#endif
+}
 
 #define BOTH_HALVES(OPERATOR)                                                                    \
     template <class V>                                                                           \

@@ -78,6 +78,7 @@ INLINE void transpose(const uint32_t* from, long stride, uint32_t* to) {
 
 // Kinds of elements. `rows`: of activations that are multiplied at a time, a multiple of `unit`; a Session is what a thread needs for it.
 // `piece`: lanes of depth that are multiplied at a time if rows are many, so that weights stay in L1 for all of them; 0: all.
+// `parts`: in how many multiply-adds a lane is multiplied, each with its `part` of both.
 // `pairs`: whether few rows meet two panels of weights at a time.
 // `place`: where a row's elements from `column` on (a multiple of 16; 16 of them lie together) stand in activations `[rows][width]`.
 struct Float {
@@ -86,6 +87,8 @@ struct Float {
     static constexpr int rows = ROWS_AT_ONCE, unit = 1, piece = 0, pairs = 0;
     static constexpr int step = 1;  // elements in a lane
     static INLINE long place(long row, long column, long width) { return row * width + column; }
+    static constexpr int parts = 1;
+    static INLINE U part(U v, int) { return v; }
     static INLINE F mac(F acc, U a, U w) { return acc + bits(a) * bits(w); }
     static INLINE F widen(const T* from) { return load<F>(from); }
     static INLINE void narrow(T* to, F v) { store(to, v); }
@@ -99,15 +102,18 @@ struct Bf16 {
     static constexpr int rows = ROWS_AT_ONCE, unit = 1, piece = 0, pairs = 0;
     static constexpr int step = 2;
     static INLINE long place(long row, long column, long width) { return row * width + column; }
-    static INLINE F mac(F acc, U a, U w) {
 #ifdef __AVX512BF16__
+    static constexpr int parts = 1;
+    static INLINE U part(U v, int) { return v; }
+    static INLINE F mac(F acc, U a, U w) {
         return reinterpret_cast<F>(
             _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc), reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(a)));
-#else
-        acc += bits(a << 16) * bits(w << 16);
-        return acc + bits(a & 0xffff0000u) * bits(w & 0xffff0000u);
-#endif
     }
+#else
+    static constexpr int parts = 2;
+    static INLINE U part(U v, int odd) { return odd ? v & 0xffff0000u : v << 16; }
+    static INLINE F mac(F acc, U a, U w) { return acc + bits(a) * bits(w); }
+#endif
     static INLINE F exp2(F y) { return exp2_to<3>(y); }
     static INLINE U lanes(const T* a, const T* b) {
         return wide(load<H>(a)) | wide(load<H>(b)) << 16;
