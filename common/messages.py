@@ -222,7 +222,8 @@ class Holding(Struct, frozen=True, array_like=True):
 
 
 class WorkerBeat(Struct, frozen=True, tag=True):
-    """Every `BEAT_S`, on the token socket to each gateway (it cannot overtake tokens) and on control to each prefill peer."""
+    """Every `BEAT_S`, on the token socket to each gateway (it cannot overtake tokens) and on control to each prefill peer, which also gets
+    one in answer to its first."""
 
     role: Role
     sequence: int

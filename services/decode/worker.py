@@ -81,6 +81,8 @@ class DecodeWorker(Worker[Action]):
                 self.server.refusals.note("mismatch", sender=peer)
                 self.server.send(peer, Mismatch(reason))
                 return
+            if peer not in self._prefills.alive:
+                self.server.send(peer, self.facts())  # it makes no offers before our first beat
             self._prefills.heard(peer, now)
             self._shards[peer] = tuple(body.shards)
         elif peer not in self._prefills.alive:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from common.messages import Committed, Granted, Incarnation, Job, Key, Refused, Rejected, Waiting, Withdrawn
@@ -11,6 +12,7 @@ from services.engine.plan import Began, Computed, Drawn, Failed, Outcome, Preemp
 from services.engine.plan import Granted as EngineGranted
 from services.prefill import moves
 from services.prefill.handoffs import Handoffs
+from services.prefill.routing import Load
 from services.transfer.protocol import PushFailed, Sent
 from services.worker.jobs import leader
 from services.worker.outbox import Outbox
@@ -58,6 +60,9 @@ class PrefillCore:
 
     def push_failed(self, event: PushFailed, now: float) -> list[Action]:
         return self._resolve(self.handoffs.push_failed(event, now))
+
+    def found(self, decodes: Mapping[Incarnation, Load], now: float) -> list[Action]:
+        return self._resolve(self.handoffs.found(decodes, now))
 
     def peer_dead(self, peer: Incarnation, now: float) -> list[Action]:
         return self._resolve(self.handoffs.peer_dead(peer, now))

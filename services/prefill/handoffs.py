@@ -112,6 +112,11 @@ class Handoffs:
     def decodes(self, live: Mapping[Incarnation, Load]) -> None:
         self._decodes = live
 
+    def found(self, live: Mapping[Incarnation, Load], now: float) -> list[Action]:
+        """One has come that takes offers: those that found none are made now."""
+        self._decodes = live
+        return [action for going in list(self._going.values()) if going.handoff is None for action in self._offer(going, now)]
+
     # ------------------------------------------------------------------------------------------- what the engine says
 
     def begin(self, key: Key, job: Job, length: int, hashes: list[bytes], pages: tuple[int, ...], now: float) -> list[Action]:

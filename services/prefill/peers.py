@@ -17,7 +17,8 @@ log = get_logger(__name__)
 
 
 class Peers:
-    """Decodes by incarnation. `pursued(peer)` names the handoffs a beat speaks of; `on_letter` gets the answers to handoffs."""
+    """Decodes by incarnation. `pursued(peer)` names the handoffs a beat speaks of; `on_letter` gets the answers to handoffs; `on_found`
+    is called when one more of them takes offers."""
 
     def __init__(
         self,
@@ -28,11 +29,13 @@ class Peers:
         shards: list[Shard],
         pursued: Callable[[Incarnation], list[int]],
         on_letter: Callable[[Letter], None],
+        on_found: Callable[[], None],
         seal: Seal | None = None,
         fault: MessageFault = NONE,
     ) -> None:
         self._client = ControlClient(incarnation, self._receive, seal, fault)
         self._on_letter = on_letter
+        self._on_found = on_found
         self._liveness = Liveness()
         self._words = PeerBeat(0, 0, fleet, fingerprint, layout, shards)
         self._pursued = pursued
@@ -64,8 +67,11 @@ class Peers:
         """Beats are handled here, everything else goes to `on_letter`."""
         match letter.body:
             case WorkerBeat() as beat:
+                known = letter.sender in self.loads
                 self._liveness.beat(letter.sender, beat.step, beat.busy, beat.longest_step_s, time.monotonic())
                 self._beats[letter.sender] = beat
+                if not known and not beat.draining:
+                    self._on_found()
             case Mismatch(reason):
                 log.error("a decode refuses this prefill", decode=letter.sender, reason=reason)
             case _:

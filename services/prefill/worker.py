@@ -68,6 +68,7 @@ class PrefillWorker(Worker[Action]):
             list(room.shards),
             self._core.handoffs.pursued,
             self._answer,
+            self._found,
             self.seal,
             self.fault,
         )
@@ -163,6 +164,11 @@ class PrefillWorker(Worker[Action]):
         body = letter.body
         if isinstance(body, Waiting | Granted | Refused | Committed | Rejected | Withdrawn):
             self.do(self._core.letter(letter.sender, body, time.monotonic()))
+
+    def _found(self) -> None:
+        loads = self._peers.loads
+        self._decodes = len(loads)
+        self.do(self._core.found(loads, time.monotonic()))
 
     def _transferred(self, event: TransferEvent) -> None:
         now = time.monotonic()

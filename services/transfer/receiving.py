@@ -116,8 +116,8 @@ class Receiver:
     def destroy(self) -> None:
         """After `close`: the UCX worker goes with whatever has not ended, so nothing can write any more.
 
-        UCXX would not let go of it: a request under way holds its worker, and the worker its requests. So it is destroyed beneath UCXX, whose
-        objects must never be (they would touch it): they and their handles of a few KB stay for good.
+        UCXX would not let go of it: a request under way holds its worker, and the worker its requests. So it is destroyed beneath UCXX. The
+        objects of both must never be, for they would touch it: they stay for good, a few KB and no file descriptor.
         """
         self._places.quiesce()
         under_way = [receive.request for posted in self._posted.values() for receive in posted]

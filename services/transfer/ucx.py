@@ -1,8 +1,9 @@
 """Pages over UCX (through UCXX): one thread that progresses everything, one receiving worker per peer, one endpoint per way out.
 
-A peer's grants are received on a UCX worker of their own. Closing the peer cancels what that worker still expects and destroys it, so
-nothing it might yet send can land in pages that are granted again; receives that do not end are destroyed with it. Sends go out by rendezvous with the receiver reading
-(`get_zcopy`), from endpoints with error handling: a killed peer fails them within about a second.
+A peer's grants are received on a UCX worker of their own. Closing the peer cancels what that worker still expects and destroys it,
+together with receives that do not end: nothing it might yet send can land in pages that are granted again. Sends go out by rendezvous
+with the receiver reading (`get_zcopy`), where the carrier can, from endpoints with error handling: a killed peer fails them within about
+a second.
 """
 
 from __future__ import annotations

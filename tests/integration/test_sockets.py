@@ -29,6 +29,7 @@ from common.refusals import Refusals
 from common.seal import read_seal, seal_of
 from common.tokens import TokenPublisher, TokenSubscriber
 from scripts.launcher.child import ROOT, die_with_parent
+from services.prefill.peers import Peers
 
 pytestmark = pytest.mark.system
 
@@ -582,3 +583,21 @@ def test_a_secret_that_is_none_is_one_line(tmp_path: Path, content: bytes | None
     assert "\n" not in str(refused.value)
     file.write_text("0123456789abcdef" * 4 + "\n")
     assert read_seal(str(file)) == seal_of(b"0123456789abcdef" * 4) and read_seal(None) is None
+
+
+@both_loops
+async def test_a_decode_is_found_by_the_first_beat_in_which_it_takes_offers(closing: Closing) -> None:
+    """At once: a prompt that has no decode to be offered to waits for nothing else."""
+    heard: list[m.Letter] = []
+    found: list[int] = []
+    decode = closing(ControlServer("d", "127.0.0.1", heard.append))
+    layout = m.Layout(layers=2, kv_heads=2, page_tokens=4, head_dim=8, dtype="float32")
+    peers: Peers = closing(
+        Peers("p", "fleet", "print", layout, [], lambda peer: [], lambda letter: None, lambda: found.append(peers.loads["d"].free_pages))
+    )
+    peers.introduced({"d": m.Introduction("decode", "d", decode.address, "print")})
+    await until(lambda: heard)
+    for sequence, draining in enumerate((False, False, True, False)):
+        decode.send("p", m.WorkerBeat("decode", sequence, 0, False, 1.0, sequence, 9, 0, 0, draining))
+    await until(lambda: len(found) == 2)
+    assert found == [0, 3]

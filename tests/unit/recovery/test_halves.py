@@ -155,6 +155,14 @@ def test_hashes_of_an_offer_reach_the_engine() -> None:
 # ------------------------------------------------------------------------------------------------------------- prefill
 
 
+def test_an_offer_that_found_no_decode_is_made_as_soon_as_one_comes() -> None:
+    ways = Handoffs(4, random.Random(1))
+    assert ways.begin(KEY, job(), 3, [], (0,), 0.0) == []
+    (offered,) = said(ways.found({"d": LOAD}, 0.1))
+    assert isinstance(offered, Offer) and offered.handoff == 1
+    assert ways.found({"d": LOAD, "d2": LOAD}, 0.2) == []
+
+
 def test_pages_that_the_decode_holds_are_neither_pushed_nor_flushed() -> None:
     ways = Handoffs(4, random.Random(1))
     ways.decodes({"d": LOAD})
