@@ -6,11 +6,14 @@ several processes into Triton's cache.
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -30,10 +33,13 @@ TILES = (
     (32, 128, 4, 5),
     (32, 256, 4, 4),
     (64, 64, 4, 6),
+    (64, 128, 4, 3),
     (64, 128, 4, 4),
     (64, 128, 8, 4),
-    (128, 64, 4, 5),
+    (128, 64, 4, 4),
+    (128, 64, 8, 4),
     (128, 128, 8, 3),
+    (256, 64, 8, 4),
 )
 """(outputs, depth, warps, stages) of a product."""
 SHARED_BYTES = 220 << 10
@@ -43,6 +49,7 @@ PROCESSES = 12
 KEPT = 4
 """Results of a kind that are printed."""
 PLAIN = Ways(overlap=False)
+LIKE = Heads(HEADS, KV_HEADS, DIM, PAGE_TOKENS, DIM**-0.5, 1e-5)
 
 
 def tiles(batch: int, gated: bool) -> list[Tile]:
@@ -86,12 +93,8 @@ def products(batch: int, matrices: list[Tensor], gated: bool) -> dict[str, Any]:
                 continue
             for ways in (PLAIN, Ways(ahead=0), Ways(ahead=4)):
                 do, how = TritonOperators(ways), Cut(tile, parts)
-                try:
-                    seconds = graph(partial(_each, partial(do.multiplied, x, how=how, gated=gated), matrices))
-                except Exception as failure:
-                    found[f"{tile} {parts} failed: {failure}"[:200]] = 1.0
-                else:
-                    found[words(tile, parts, ways)] = seconds / len(matrices)
+                seconds = timed(graph, partial(_each, partial(do.multiplied, x, how=how, gated=gated), matrices))
+                found[words(tile, parts, ways)] = seconds / len(matrices)
     size = sum(matrix.numel() for matrix in matrices) * 2 / len(matrices)
     return {"library_us": 1e6 * library, "gb": size / 1e9, **best(found, size)}
 
@@ -110,7 +113,6 @@ def best(found: dict[str, float], size: float) -> dict[str, Any]:
 
 def decodes(batch: int, context: int) -> dict[str, Any]:
     pages, table = _pages(batch * context)
-    like = Heads(HEADS, KV_HEADS, DIM, PAGE_TOKENS, DIM**-0.5, 1e-5)
     queries = torch.randn(batch, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
     out = torch.empty_like(queries)
     begins = torch.arange(batch, device="cuda", dtype=torch.int32) * (context // PAGE_TOKENS)
@@ -122,14 +124,13 @@ def decodes(batch: int, context: int) -> dict[str, Any]:
             singles = Singles(begins, lengths, table, cuts)
             for ways in (PLAIN, Ways()):
                 do = TritonOperators(replace(ways, decode=tile))
-                seconds = graph(partial(_each, partial(_decode, do, queries, singles, like, out), pages.unbind(1)))
+                seconds = timed(graph, partial(_each, partial(_decode, do, queries, singles, LIKE, out), pages.unbind(1)))
                 found[f"{tile} splits {cuts} {'overlap' if ways.overlap else 'plain'}"] = seconds / LAYERS
     return {"splits": usual, **best(found, batch * context * 2 * KV_HEADS * DIM * 2)}
 
 
 def prefills(tokens: int) -> dict[str, Any]:
     pages, table = _pages(tokens)
-    like = Heads(HEADS, KV_HEADS, DIM, PAGE_TOKENS, DIM**-0.5, 1e-5)
     queries = torch.randn(tokens, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
     out = torch.empty_like(queries)
     rows = BLOCK_ROWS[2]
@@ -139,7 +140,7 @@ def prefills(tokens: int) -> dict[str, Any]:
     found = {}
     for tile in PREFILLS:
         do = TritonOperators(replace(PLAIN, prefill=tile))
-        found[f"{tile} plain"] = least(partial(do.prefill, queries, pages[:, 0], prompts, like, out))
+        found[f"{tile} plain"] = timed(least, partial(do.prefill, queries, pages[:, 0], prompts, LIKE, out))
     flops = 4 * tokens * (tokens + 1) / 2 * HEADS * DIM
     q, k, v = (torch.randn(1, n, tokens, DIM, device="cuda", dtype=torch.bfloat16) for n in (HEADS, KV_HEADS, KV_HEADS))
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -153,7 +154,7 @@ def _each(run: Callable[[Tensor], object], over: Iterable[Tensor]) -> None:
 
 
 def _decode(do: TritonOperators, queries: Tensor, singles: Singles, like: Heads, out: Tensor, pages: Tensor) -> None:
-    do.decode(queries, pages, singles, like, out)
+    do.decode(queries, pages, singles, LIKE, out)
 
 
 def _pages(tokens: int) -> tuple[Tensor, Tensor]:
@@ -161,6 +162,15 @@ def _pages(tokens: int) -> tuple[Tensor, Tensor]:
     count = tokens // PAGE_TOKENS
     pages = torch.randn(count, LAYERS, 2, KV_HEADS, PAGE_TOKENS, DIM, device="cuda", dtype=torch.bfloat16)
     return pages, torch.randperm(count, device="cuda").to(torch.int32)
+
+
+def timed(measure: Callable[[Callable[[], object]], float], work: Callable[[], object]) -> float:
+    """Infinite for a candidate that this device cannot run; why is printed."""
+    try:
+        return measure(work)
+    except Exception as failure:
+        print(f"{type(failure).__name__}: {failure}"[:300], flush=True)
+        return math.inf
 
 
 def graph(work: Callable[[], object]) -> float:
@@ -178,21 +188,40 @@ def graph(work: Callable[[], object]) -> float:
 
 def compile_all() -> None:
     """Every kernel of this sweep, by several processes."""
-    todo = [(batch, gated, number) for batch in BATCHES for gated in (False, True) for number in range(len(tiles(batch, gated)))]
-    with multiprocessing.get_context("spawn").Pool(min(PROCESSES, os.cpu_count() or 1)) as pool:
-        list(pool.imap_unordered(_compile, todo))
+    products = [partial(_product, batch, gated, tile) for batch in BATCHES for gated in (False, True) for tile in tiles(batch, gated)]
+    todo = [*products, *(partial(_decoding, tile) for tile in DECODES), *(partial(_prefilling, tile) for tile in PREFILLS)]
+    with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        list(pool.map(_compile, todo))
 
 
-@torch.inference_mode()
-def _compile(todo: tuple[int, bool, int]) -> None:
-    batch, gated, number = todo
-    tile = tiles(batch, gated)[number]
+def _compile(run: Callable[[], None]) -> None:
+    """What cannot be compiled is met again, and told, where it is timed."""
+    with contextlib.suppress(Exception), torch.inference_mode():
+        run()
+        torch.cuda.synchronize()
+
+
+def _product(batch: int, gated: bool, tile: Tile) -> None:
     x = torch.ones(batch, 4 * tile.depth, device="cuda", dtype=torch.bfloat16)
     weight = torch.ones((2 if gated else 1) * tile.outputs, 4 * tile.depth, device="cuda", dtype=torch.bfloat16)
     for ways in (PLAIN, Ways(ahead=0), Ways(ahead=4)):
         for parts in (1,) if gated else (1, 2):
-            try:
-                TritonOperators(ways).multiplied(x, weight, Cut(tile, parts), gated=gated)
-            except Exception as failure:  # it is met again, and reported, where it is timed
-                print(f"{tile}: {failure}"[:200])
-    torch.cuda.synchronize()
+            TritonOperators(ways).multiplied(x, weight, Cut(tile, parts), gated=gated)
+
+
+def _decoding(tile: Attention) -> None:
+    pages, table = _pages(PAGE_TOKENS)
+    queries = torch.ones(1, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    begins, lengths = table * 0, table * 0 + PAGE_TOKENS
+    for cuts in (1, 2, 4, 8, 16, 32):
+        for ways in (PLAIN, Ways()):
+            do = TritonOperators(replace(ways, decode=tile))
+            do.decode(queries, pages[:, 0], Singles(begins, lengths, table, cuts), LIKE, torch.empty_like(queries))
+
+
+def _prefilling(tile: Attention) -> None:
+    pages, table = _pages(PAGE_TOKENS)
+    queries = torch.ones(PAGE_TOKENS, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    chunks = torch.tensor([[0, PAGE_TOKENS, 0, 0]], device="cuda", dtype=torch.int32)
+    prompts = Prompts(chunks, torch.zeros(1, 2, device="cuda", dtype=torch.int32), BLOCK_ROWS[2], table)
+    TritonOperators(replace(PLAIN, prefill=tile)).prefill(queries, pages[:, 0], prompts, LIKE, torch.empty_like(queries))

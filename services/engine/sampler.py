@@ -78,13 +78,13 @@ def looks_back(sampling: Sampling) -> bool:
 
 def pick(logits: Tensor, rows: list[Row]) -> Picked:
     """`draw`, still on the device."""
-    adjusted = logits.float()
     shaped = [i for i, row in enumerate(rows) if looks_back(row.sampling) or row.sampling.logit_bias]
+    random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
+    adjusted = logits.float() if shaped or random or logits.device.type == "cpu" else logits  # a GPU finds the largest of any type
     if shaped:
         adjusted = adjusted.clone()
         for i in shaped:
             shape(adjusted[i], rows[i])
-    random = [i for i, row in enumerate(rows) if row.sampling.temperature > 0]
     if len(random) == len(rows):
         chosen = _sampled(adjusted, rows)
     else:

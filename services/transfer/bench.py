@@ -29,7 +29,7 @@ SIZES = tuple(4 * KIB << shift for shift in range(0, 17, 2))
 """4 KiB to 256 MiB."""
 MEMCPY_BYTES = 64 * MIB
 SHARD = Shard(0, (0, 30), (0, 3))
-ANSWER_S = 60.0
+ANSWER_S = {"cpu": 60.0, "cuda": 15.0}
 SETTLE_S = 0.02
 """Between two transfers, so that each starts with both sides asleep, as in service."""
 
@@ -64,9 +64,9 @@ def receive(core: int, works: list[Work], device: str, wire: Connection) -> None
                 grant += 1
                 order = tuple(range(work.pages))
                 end.transfer.expect("sender", grant, order, order, (SHARD,))
-                wire.send(end.next().ranks[0])
-                arrived = end.next()
-                wire.send((time.monotonic(), arrived.checksums))
+                wire.send(end.next()[1].ranks[0])
+                at, arrived = end.next()
+                wire.send((at, arrived.checksums))
                 wire.recv()
             began = time.monotonic()
             copy()
@@ -110,7 +110,7 @@ def send(core: int, works: list[Work], device: str, wire: Connection, results: C
                 end.transfer.push("receiver", rank, handoff, handoff, order, order)
                 end.transfer.finish_push(handoff, handoff)
                 arrived_at, checksums = wire.recv()
-                if end.next().checksums != checksums:
+                if end.next()[1].checksums != checksums:
                     raise AssertionError("what arrived is not what was sent")
                 wire.send(None)
                 if number:
@@ -134,11 +134,12 @@ class _End:
         from services.transfer.ucx import UcxTransfer
 
         torch.set_num_threads(1)
-        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._answer_s = ANSWER_S[device]
+        self._events: queue.SimpleQueue[tuple[float, Any]] = queue.SimpleQueue()
         layout = Layout(layers=1, kv_heads=1, page_tokens=1, head_dim=work.page_bytes // 4, dtype="bfloat16")
         self._pages = Pool(layout, work.pages, device).bytes
         self._pages.fill_(1)
-        self.transfer = UcxTransfer(self._pages, SHARD, self._events.put, checksums=checksums)
+        self.transfer = UcxTransfer(self._pages, SHARD, lambda event: self._events.put((time.monotonic(), event)), checksums=checksums)
 
     def fill(self) -> None:
         self._pages.random_()
@@ -147,8 +148,9 @@ class _End:
 
             torch.cuda.synchronize()  # UCX does not know streams
 
-    def next(self) -> Any:
-        return self._events.get(timeout=ANSWER_S)
+    def next(self) -> tuple[float, Any]:
+        """When it happened, and what."""
+        return self._events.get(timeout=self._answer_s)
 
 
 def measure(works: list[Work], device: str = "cpu") -> tuple[dict[Work, dict[str, float]], str]:
@@ -169,7 +171,7 @@ def measure(works: list[Work], device: str = "cpu") -> tuple[dict[Work, dict[str
     transport, total, done = "", sum(3 * work.repeats for work in works), 0
     try:
         while True:
-            if not results.poll(ANSWER_S):
+            if not results.poll(ANSWER_S[device]):
                 raise TimeoutError("the measuring processes have stopped answering")
             report = results.recv()
             if report is None:
@@ -179,7 +181,7 @@ def measure(works: list[Work], device: str = "cpu") -> tuple[dict[Work, dict[str
             transport, done = carrier or transport, done + 1
             print(f"\r{done * 100 // total:3d} %  {work.bytes / MIB:8.3f} MiB", end="", file=sys.stderr, flush=True)
         for process in processes:
-            process.join(ANSWER_S)
+            process.join(ANSWER_S[device])
     finally:
         print(file=sys.stderr)
         for process in processes:

@@ -38,4 +38,4 @@ def test_small_matrices_are_divided_until_the_device_is_full(outputs: int, input
 
 
 def test_too_small_a_device_leaves_it_to_the_library() -> None:
-    assert cut(64, 4096, 4096, Device(10, 48 << 10), gated=False, whole=False) is None
+    assert cut(64, 4096, 4096, Device(10, 32 << 10), gated=False, whole=False) is None

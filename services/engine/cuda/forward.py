@@ -39,7 +39,9 @@ class Body:
             normed = do.add_norm(x, do.product(seen.flatten(1), layer.o, layer.o_bias), layer.output_norm, like.epsilon)
             inner = do.gated(normed, layer.gate_up, layer.gate_up_bias)
             normed = do.add_norm(x, do.product(inner, layer.down, layer.down_bias), norm, like.epsilon)
-        return do.product(normed if given.keep is None else normed[given.keep], w.head, None, whole=True)
+        if given.keep is not None:
+            normed = normed[given.keep]
+        return do.product(normed, w.head, None, whole=True) if len(normed) else normed.new_empty(0, len(w.head))
 
     def _ids(self, rows: Rows) -> Tensor:
         if rows.sources is None:

@@ -89,11 +89,11 @@ class Graphs:
         self._step = Step(most_batch, min(most_batch * pages, TABLE_INTS), device)
         self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        memory = torch.cuda.graph_pool_handle()
+        memory, side = torch.cuda.graph_pool_handle(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         began, free = time.monotonic(), torch.cuda.mem_get_info(device)[0]
         for done, size in enumerate(reversed(self._sizes)):  # the largest first: smaller ones fit into what it has allocated
             given = self._step.views(size, splits(size, weights.like.kv_heads, device))
-            self._graphs[size] = _captured(body, given, memory)
+            self._graphs[size] = _captured(body, given, memory, side)
             log.info("decode captured", batch=size, graphs=f"{done + 1}/{len(self._sizes)}", seconds=round(time.monotonic() - began, 1))
         log.info("CUDA graphs ready", mib=(free - torch.cuda.mem_get_info(device)[0]) >> 20, seconds=round(time.monotonic() - began, 1))
 
@@ -114,9 +114,8 @@ class Graphs:
         return logits[:batch]
 
 
-def _captured(body: Callable[[Inputs], Tensor], given: Inputs, memory: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """The inputs are all padding: warm-ups write no page."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+def _captured(body: Callable[[Inputs], Tensor], given: Inputs, memory: Any, side: Any) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """The inputs are all padding: warm-ups, on the stream `side`, write no page."""
     side.wait_stream(torch.cuda.current_stream())
     with torch.inference_mode(), torch.cuda.stream(side):
         for _ in range(WARM_UPS):

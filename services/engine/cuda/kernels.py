@@ -99,10 +99,10 @@ def product(
     for k in range(0, share, DEPTH):
         left = tl.load(given + k, mask=live, other=0.0)
         if GATED:
-            gates = tl.dot(left, tl.trans(tl.load(lies + k, eviction_policy="evict_first")), gates)
-            sums = tl.dot(left, tl.trans(tl.load(right + k, eviction_policy="evict_first")), sums)
+            gates = tl.dot(left, tl.trans(tl.load(lies + k)), gates)
+            sums = tl.dot(left, tl.trans(tl.load(right + k)), sums)
         else:
-            sums = tl.dot(left, tl.trans(tl.load(lies + k, eviction_policy="evict_first")), sums)
+            sums = tl.dot(left, tl.trans(tl.load(lies + k)), sums)
     if GATED:
         sums = gates / (1.0 + tl.exp(-gates)) * sums
     at = (tl.program_id(1) * rows + row[:, None]).to(tl.int64) * outputs + column[None, :]

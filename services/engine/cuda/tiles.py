@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 MOST_ROWS = 64
 """Beyond that a library's product is as fast: the weights are no longer all that counts."""
-MOST_PARTS = 8
-"""Into which the inputs are divided: their sums are added up by whoever reads them."""
-WAVES = 2
-"""Programs for each multiprocessor, about."""
+FEW_ROWS = 32
+"""Up to so many, what is read again by every program, and the parts that are added up later, weigh little."""
+MOST_PARTS = {True: 8, False: 4}
+"""By whether rows are few, into which the inputs are divided: their sums are added up by whoever reads them."""
+WAVES = {True: 2, False: 1}
+"""By the same, programs for each multiprocessor, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +47,12 @@ class Cut:
 
 
 def tile(rows: int, gated: bool, shared_bytes: int) -> Tile | None:
-    """For so many rows, with as many stages as fit; None: not even two do."""
+    """For so many rows, with as many stages as fit; None: not even two do. Reasoned, not measured yet (`scripts/gpu/sweep.py`)."""
     height = max(16, 1 << (rows - 1).bit_length())
+    # Many rows are read again by every program: each then has twice the outputs.
+    outputs, depth = (64 if gated else 128, 64) if height > FEW_ROWS else (32 if gated else 64, 128)
     for stages in (4, 3, 2):
-        found = Tile(height, 32 if gated else 64, 128, 4, stages)
+        found = Tile(height, outputs, depth, 4, stages)
         if found.shared_bytes(gated) <= shared_bytes:
             return found
     return None
@@ -61,7 +65,9 @@ def cut(rows: int, outputs: int, inputs: int, device: Device, *, gated: bool, wh
         return None
     parts = 1
     if not (gated or whole):
-        programs = outputs // of.outputs
-        while 2 * parts <= MOST_PARTS and programs * parts < WAVES * device.multiprocessors and inputs % (2 * parts * of.depth) == 0:
+        few, programs = rows <= FEW_ROWS, outputs // of.outputs
+        while (
+            2 * parts <= MOST_PARTS[few] and programs * parts < WAVES[few] * device.multiprocessors and inputs % (2 * parts * of.depth) == 0
+        ):
             parts *= 2
     return Cut(of, parts)
