@@ -110,7 +110,8 @@ def send(core: int, works: list[Work], device: str, wire: Connection, results: C
                 end.transfer.push("receiver", rank, handoff, handoff, order, order)
                 end.transfer.finish_push(handoff, handoff)
                 arrived_at, checksums = wire.recv()
-                if end.next()[1].checksums != checksums:
+                sent = end.next()[1]
+                if kind == "checked" and sent.checksums != checksums:
                     raise AssertionError("what arrived is not what was sent")
                 wire.send(None)
                 if number:
