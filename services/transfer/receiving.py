@@ -103,7 +103,7 @@ class Receiver:
         for grant, posted in tuple(self._posted.items()):
             while posted and posted[0].request.completed:
                 moved = True
-                self._page(grant, posted.popleft())
+                self._pages(grant, self._completed(posted))
             if not posted:
                 del self._posted[grant]
         return bool(moved)
@@ -145,18 +145,28 @@ class Receiver:
         self._discarded = self.worker.tag_recv_with_handle(Array(self._places.scratch(probe.length)), probe)
         return False
 
-    def _page(self, grant: int, receive: _Receive) -> None:
-        status = receive.request.status
-        whole = status == 0
-        checksum = None
-        if self._book.wanted(grant):
-            if whole:
-                self._received.pages += 1
-                self._received.bytes += self._places.size(receive.part)
-                if receive.scratch is not None:
-                    self._places.fill(receive.page, receive.part, receive.scratch)
-                checksum = self._places.checksum(receive.page, receive.index, receive.part) if self._checksums else None
-            else:
+    def _completed(self, posted: deque[_Receive]) -> list[_Receive]:
+        """The next that have completed, of one source: as many as are summed at once."""
+        found = [posted.popleft()]
+        while len(found) < self._places.at_once and posted and posted[0].request.completed and posted[0].part == found[0].part:
+            found.append(posted.popleft())
+        return found
+
+    def _pages(self, grant: int, receives: list[_Receive]) -> None:
+        wanted = self._book.wanted(grant)
+        whole = [receive for receive in receives if receive.request.status == 0] if wanted else []
+        for receive in whole:
+            self._received.pages += 1
+            self._received.bytes += self._places.size(receive.part)
+            if receive.scratch is not None:
+                self._places.fill(receive.page, receive.part, receive.scratch)
+        sums: dict[int, int] = {}
+        if whole and self._checksums:
+            indices = [receive.index for receive in whole]
+            sums = dict(zip(indices, self._places.checksums([receive.page for receive in whole], indices, whole[0].part), strict=True))
+        for receive in receives:
+            status = receive.request.status
+            if wanted and status != 0:
                 self._received.failures += 1
                 log.warning("a page did not arrive", grant=grant, page=receive.index, status=status)
-        self._emit(self._book.completed(grant, receive.index, checksum, whole=whole, source=receive.source))
+            self._emit(self._book.completed(grant, receive.index, sums.get(receive.index), whole=status == 0, source=receive.source))

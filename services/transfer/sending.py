@@ -154,11 +154,15 @@ class Sender:
         moved = False
         for channels in tuple(self._channels.values()):
             for channel in tuple(channels.values()):
-                for _ in range(min(BURST, WINDOW - len(channel.sent))):
-                    if not channel.waiting:
-                        break
-                    self._send(channel, channel.waiting.popleft())
-                    moved = True
+                at_once = self._places.at_once
+                left = min(max(BURST, at_once), WINDOW - len(channel.sent), len(channel.waiting))
+                moved |= left > 0
+                while left > 0:
+                    messages = [channel.waiting.popleft() for _ in range(min(at_once, left))]
+                    left -= len(messages)
+                    self._sum(messages)
+                    for message in messages:
+                        self._send(channel, message)
         moved |= bool(self.worker.progress_once())
         for channels in tuple(self._channels.values()):
             for channel in tuple(channels.values()):
@@ -185,6 +189,18 @@ class Sender:
                 channel.sent.popleft()
         self._closing = [channel for channel in self._closing if channel.open]
 
+    def _sum(self, messages: list[_Message]) -> None:
+        """The checksums of these pages, for the word that follows them."""
+        by_part: dict[Shard, list[_Message]] = {}
+        for message in messages if self._checksums else ():
+            if message.push is not None and message.part is not None and not message.push.over:
+                by_part.setdefault(message.part, []).append(message)
+        for part, alike in by_part.items():
+            sums = self._places.checksums([one.page for one in alike], [one.index for one in alike], part)
+            for one, value in zip(alike, sums, strict=True):
+                assert one.push is not None
+                one.push.sums[one.to, one.index] = value
+
     def _send(self, channel: _Channel, message: _Message) -> None:
         push, part = message.push, message.part
         if push is None or part is None:
@@ -193,8 +209,6 @@ class Sender:
         if push.over:
             return
         place = message.to, message.index
-        if self._checksums:
-            push.sums[place] = self._places.checksum(message.page, message.index, part)
         self._numbered += 1
         struck = self._fault.strikes(self._numbered)
         if struck == "fail":
