@@ -73,7 +73,7 @@ class UcxTransfer:
         self._on_event = on_event
         self._checksums = checksums
         self._places.enter()
-        self._context = ucx.UCXContext(feature_flags=(ucx.Feature.TAG, ucx.Feature.WAKEUP))
+        self._context = _new_context()
         self._commands: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poll = select.epoll()
@@ -195,7 +195,13 @@ class UcxTransfer:
             self._asleep = False
 
     def _new_worker(self) -> ucx.UCXWorker:
-        worker = ucx.UCXWorker(self._context)
+        """A context knows the network cards that were there when it was made: once one of them has gone, no worker can be made of it."""
+        try:
+            worker = ucx.UCXWorker(self._context)
+        except ucx.UCXNoDeviceError as error:
+            log.info("a network card has gone: UCX looks for them anew", reason=error)
+            self._context = _new_context()  # the old one lives on with its workers
+            worker = ucx.UCXWorker(self._context)
         worker.init_blocking_progress_mode()
         self._poll.register(worker.epoll_file_descriptor, select.EPOLLIN)
         return worker
@@ -262,3 +268,7 @@ class UcxTransfer:
         del self._context
         self._poll.close()
         os.close(self._wake_fd)
+
+
+def _new_context() -> ucx.UCXContext:
+    return ucx.UCXContext(feature_flags=(ucx.Feature.TAG, ucx.Feature.WAKEUP))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import time
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from scripts.faults.network import Network, NetworkError
 from services.transfer.protocol import Arrived, Posted, PushFailed, Sent
+from services.transfer.ucx import UcxTransfer
 from tests.integration.far_end import ALL, SHARD
 
 pytestmark = pytest.mark.system
@@ -105,3 +108,26 @@ def test_a_peer_that_is_cut_off_holds_up_nobody_else(network: Network, end: Call
     host.tell("close_peer", "far")
     host.push(far.expect(3), 3, "far again")
     assert host.next(Sent).grant == 3
+
+
+def test_a_network_card_that_goes_keeps_nobody_from_being_met(network: Network) -> None:
+    """Found by running beside something that makes and removes cards: the transfer ended, and the worker with it."""
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    pages = torch.zeros(2, 4096, dtype=torch.uint8)
+    _ip("link add baton-gone type veth peer name baton-gone-too")
+    try:
+        _ip("addr add 10.231.7.1/24 dev baton-gone")
+        for name in ("baton-gone", "baton-gone-too"):
+            _ip(f"link set {name} up")
+        transfer = UcxTransfer(pages, SHARD, events.put)
+    finally:
+        _ip("link del baton-gone")
+    try:
+        transfer.expect("a", 1, (0, 1), (0, 1), (SHARD,))
+        assert isinstance(events.get(timeout=WAIT_S), Posted)
+    finally:
+        transfer.close()
+
+
+def _ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True)
