@@ -56,7 +56,7 @@ class Runner:
         draws = self.draws(plan, order, logits)
         self._drawn.appendleft((plan, draws))
         self._ids = None
-        return Ticket(draws, _mark(logits.device))
+        return Ticket(draws, mark(logits.device))
 
     def collect(self, ticket: Ticket) -> StepOutput:
         """Waits: the pages of a collected launch may be sent, and whoever sends them knows nothing of streams."""
@@ -139,7 +139,7 @@ class Runner:
         ]
 
 
-def _mark(device: torch.device) -> torch.cuda.Event | None:
+def mark(device: torch.device) -> torch.cuda.Event | None:
     """Comes when everything that has been launched on a GPU so far is done."""
     if device.type != "cuda":
         return None

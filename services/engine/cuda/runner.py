@@ -12,7 +12,7 @@ from services.engine.cuda.forward import CudaForward
 from services.engine.forward import Forward
 from services.engine.launch import Launch
 from services.engine.plan import Chunk, Draw, Plan, StepOutput
-from services.engine.runner import Runner
+from services.engine.runner import Runner, mark
 from services.engine.sampler import Row, drawn, looks_back, pick
 from services.engine.sequence import Sequence
 
@@ -71,7 +71,7 @@ class AheadRunner(Runner):
             picked = pick(logits, self._rows([plan.chunks[i] for i in drawing]))
             self._cuda.drawn[: len(drawing)].copy_(picked.ids)
             ids, table, described = _fetched(picked.ids), None if picked.table is None else _fetched(picked.table), picked.described
-        self._last = Flight(plan, drawing, ids, table, described, _mark(logits))
+        self._last = Flight(plan, drawing, ids, table, described, mark(logits.device))
         self._places = {plan.chunks[i].sequence: place for place, i in enumerate(drawing)}
         return self._last
 
@@ -118,11 +118,3 @@ def _fetched(x: Tensor) -> Tensor:
     if x.device.type == "cpu":
         return x.clone()
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
-
-
-def _mark(x: Tensor) -> torch.cuda.Event | None:
-    if x.device.type != "cuda":
-        return None
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return event
