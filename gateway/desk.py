@@ -18,7 +18,7 @@ from common.fleet import Fleet
 from common.logs import get_logger
 from common.messages import PROTOCOL, GatewayBeat, Identity, Incarnation, Introduction, Job, Letter, Mismatch, Parcel, WorkerBeat
 from common.names import BEAT_S
-from common.queue import Entry, JobQueue
+from common.queue import Entry
 from common.refusals import Refusals
 from common.seal import Seal
 from common.tokens import TokenSubscriber
@@ -26,12 +26,11 @@ from gateway.ask import Ask, Timeline, Update
 from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
 from gateway.forecast import MOST_WAIT_S, Bounds, Forecast
 from gateway.ledger import AGAIN_S, FlightId, Ledger
+from gateway.writer import QueueWriter
 
 log = get_logger(__name__)
 
 JUDGE_S = 1.0
-WRITERS = 4
-"""Queue operations under way at once: one that waits for a slow Redis must not hold up all others."""
 
 
 class LiveAnswer:
@@ -84,12 +83,10 @@ class LiveDesk:
     ) -> None:
         """`on_reenqueued`: seconds from the last word of a lost worker to the new attempt in the queue."""
         self._incarnation = incarnation
-        self._redis = redis
         self._fleet_name = fleet
         self._fleet = Fleet(redis, fleet)
         self._tokenizer = tokenizer
         self._max_running, self._max_queued = max_running, max_queued
-        self._on_reenqueued = on_reenqueued
         self._forecast = Forecast(bounds)
         self._refusals = Refusals(log, "a worker's word")
         self._subscriber = TokenSubscriber(incarnation, host, self._parcel, seal)
@@ -98,15 +95,10 @@ class LiveDesk:
         self._liveness = Liveness()
         self._beats: dict[Incarnation, WorkerBeat] = {}
         self._answers: dict[FlightId, LiveAnswer] = {}
-        self._alone: set[str] = set()
-        """Requests for which we hold the fleet's right to run alone."""
         self._idle = asyncio.Event()
         """Set whenever the last running answer has ended."""
-        self._queue: JobQueue | None = None
-        self._writes: asyncio.Queue[Put | Remove | Bury] = asyncio.Queue()
+        self._writer = QueueWriter(redis, self._fleet, self._put_done, on_reenqueued)
         self._draining = False
-        self._undone: list[Put | Remove | Bury] = []
-        """What Redis did not take; tried again once a second."""
         self._identity: Identity | None = None
         self._sequence = 0
         self._waiting_tokens: list[int] = []
@@ -183,7 +175,7 @@ class LiveDesk:
             raise Unavailable("the job queue cannot be reached: try again later", retry_after_s=AGAIN_S)
         identity = self._identity
         roles = self.roles()
-        if identity is None or self._queue is None:
+        if identity is None:
             raise Unavailable("no worker has joined the fleet yet: start a prefill and a decode", retry_after_s=AGAIN_S)
         if not roles.get("colocated"):
             missing = [role for role in ("prefill", "decode") if not roles.get(role)]
@@ -208,7 +200,7 @@ class LiveDesk:
             tasks.create_task(self._fleet.keep(introduction, None, self._introduced), name="fleet"),
             tasks.create_task(self._beat_forever(), name="beats"),
             tasks.create_task(self._judge_forever(), name="judge"),
-            *(tasks.create_task(self._write_forever(), name=f"writer {number}") for number in range(WRITERS)),
+            *self._writer.start(tasks),
         ]
 
     async def drain(self, grace_s: float) -> None:
@@ -272,7 +264,7 @@ class LiveDesk:
             log.error("the fleet serves a model with another tokenizer than this gateway's", fleet=self._fleet_name, model=identity.model)
             return
         self._identity = identity
-        self._queue = JobQueue(self._redis, self._fleet_name, identity.fingerprint)
+        self._writer.open(self._fleet_name, identity.fingerprint)
 
     async def _beat_forever(self) -> None:
         while True:
@@ -300,36 +292,27 @@ class LiveDesk:
         """Once a second: what has become of our entries, and whether our requests that run alone still do."""
         while True:
             await asyncio.sleep(JUDGE_S)
-            undone, self._undone = self._undone, []
-            for action in undone:
-                self._writes.put_nowait(action)
-            if self._queue is None:
-                continue
             try:
-                await self._keep_alone(self._queue)
-                entries = self._ledger.entries()
-                states = await self._queue.states(entries) if entries else {}
+                await self._writer.tidy(self._ledger.alone())
+                states = await self._writer.states(self._ledger.entries())
             except QueueError as error:
                 log.warning("cannot look at the queue", error=error)
                 continue
             self._do(self._ledger.judge(states, time.monotonic()))
 
-    async def _keep_alone(self, queue: JobQueue) -> None:
-        """Renew the right to run alone while it is used, and give it back afterwards."""
-        using = self._ledger.alone()
-        for request_id in self._alone - using:
-            await queue.unlock_alone(request_id)
-        self._alone &= using
-        for request_id in using & self._alone:
-            await queue.lock_alone(request_id)
-
     # ------------------------------------------------------------------------------------------------------ its actions
+
+    def _put_done(self, job: Job, entry: Entry | None) -> None:
+        choice = job.choices[0]
+        attempt = (job.request_id, choice.choice, choice.attempt)
+        now = time.monotonic()
+        self._do(self._ledger.put(*attempt, entry) if entry is not None else self._ledger.put_failed(*attempt, now))
 
     def _do(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case Put() | Remove() | Bury():
-                    self._writes.put_nowait(action)
+                    self._writer.add(action)
                 case Tell(to, body):
                     self._control.send(to, body)
                 case Show(request_id, choice, tokens):
@@ -338,54 +321,3 @@ class LiveDesk:
                 case End(request_id, choice, tokens, finish, error):
                     if (answer := self._take((request_id, choice))) is not None:
                         answer.put(Update(tokens, finish, error))
-
-    async def _write_forever(self) -> None:
-        while True:
-            action = await self._writes.get()
-            if not await self._written(action):
-                self._undone.append(action)
-
-    async def _written(self, action: Put | Remove | Bury) -> bool:
-        """False if it has to be done again: a put is repeated by the ledger, everything else until Redis is back."""
-        assert self._queue is not None
-        try:
-            match action:
-                case Put(job, job_class, silent_since):
-                    await self._put(job, job_class, silent_since)
-                case Remove(entry):
-                    await self._queue.remove(entry)
-                case Bury(job, reason):
-                    await self._queue.bury(job, reason)
-        except QueueError as error:
-            log.warning("the queue refuses", action=type(action).__name__, error=error)
-            return False
-        return True
-
-    async def _put(self, job: Job, job_class: str, silent_since: float | None) -> None:
-        """One XADD; the ledger hears how it went. A suspicious request waits until no other one runs alone in the fleet."""
-        assert self._queue is not None
-        choice = job.choices[0]
-        try:
-            if job.alone and not await self._queue.lock_alone(job.request_id):
-                raise QueueError("another request runs alone")
-            if job.alone:
-                self._alone.add(job.request_id)
-            entry = await self._put_twice(job, job_class)
-        except QueueError as error:
-            log.warning("a job was not put", request=job.request_id, attempt=choice.attempt, error=error)
-            self._do(self._ledger.put_failed(job.request_id, choice.choice, choice.attempt, time.monotonic()))
-        else:
-            if silent_since is not None:
-                self._on_reenqueued(time.monotonic() - silent_since)
-            self._do(self._ledger.put(job.request_id, choice.choice, choice.attempt, entry))
-
-    async def _put_twice(self, job: Job, job_class: str) -> Entry:
-        """A connection that died with an earlier Redis fails once. Should the job stand there twice, the first execution wins (rule 1)."""
-        assert self._queue is not None
-        try:
-            return await self._queue.put(job, job_class)
-        except QueueError:
-            if self._fleet.away:
-                raise
-            await self._redis.connection_pool.disconnect(inuse_connections=False)
-            return await self._queue.put(job, job_class)

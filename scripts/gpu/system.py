@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ import httpx
 import torch
 
 from scripts.gpu import checkpoint
-from scripts.gpu.checkpoint import Size
+from scripts.gpu.effort import GPU, SEED, TINY, Effort
+from scripts.gpu.goodput import OBJECTIVES, PATIENCE_S, Goodput, Result, failure, within
 from scripts.launcher.__main__ import wait_served
 from scripts.launcher.cluster import Cluster, ClusterError
 from scripts.launcher.model import obtain
@@ -37,90 +38,18 @@ from scripts.launcher.mps import BINARY, binary
 from scripts.launcher.show import Progress
 from scripts.load import interference
 from scripts.load.__main__ import reach
-from scripts.load.curve import Curve
-from scripts.load.interference import Load
-from scripts.load.judge import Yardstick
-from scripts.load.results import trial_summary
 from scripts.load.targets import Hardware, Target, Variant, raise_own_priority, variants
 from scripts.load.texts import Writer
-from scripts.load.trials import Bench, Plan, Trial
 from scripts.load.workloads import load
 from scripts.trials import handoff
-
-Result = tuple[str, Any]
 
 ROOM_BYTES = 120 << 30
 """A card with so much memory holds four copies of the weights, and the KV of three systems."""
 START_S, BOUNDED_START_S = 110.0, 70.0
-PATIENCE_S = 45.0
-"""Beyond its own length, that a measurement may take."""
 LAST_S = 15.0
 """Left at the end, to stop everything."""
-SEED = 1
-SHARE = 0.9
-OBJECTIVES = {"strict": (3.0, 1.5), "loose": (5.0, 5.0)}
-"""TTFT and TPOT as multiples of what the idle disaggregated system takes."""
-STRICT_TIME = 0.6
-"""Of the search; what is left goes to the loose objectives."""
-FLOOR, CEILING, RESOLUTION = 0.1, 200.0, 1.15
 FAILURES = (ClusterError, RuntimeError, OSError, TimeoutError, httpx.HTTPError)
 """Of a system that does not come up."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What is measured, how large and for how long."""
-
-    size: Size
-    device: str
-    pages: int
-    context: int
-    load: Load
-    warm_s: float
-    handoff_tokens: int
-    plan: Plan
-    first_rate: float
-    length_scale: float
-    budget_tokens: int
-    percents: tuple[int, ...]
-    """The prefill's shares of the card, tried in this order."""
-    goodput_s: float
-    whole_s: float
-
-
-GPU = Effort(
-    size=checkpoint.LLAMA_3_8B,
-    device="cuda",
-    pages=6144,
-    context=9216,
-    load=Load(streams=16, half_s=8.0, every_s=1.0, long_tokens=(8192,), answer_tokens=16, written_tokens=320, settle_s=1.0),
-    warm_s=2.0,
-    handoff_tokens=2048,
-    plan=Plan(seconds=5.0, least=40, most=150, cv=1.0, seed=SEED, restless_s=0.5),
-    first_rate=16.0,
-    length_scale=1.0,
-    budget_tokens=512,
-    percents=(50, 30),
-    goodput_s=150.0,
-    whole_s=345.0,
-)
-TINY = replace(
-    GPU,
-    size=checkpoint.TINY,
-    device="cpu",
-    pages=1024,
-    context=1024,
-    load=Load(streams=2, half_s=3.0, every_s=1.0, long_tokens=(512,), answer_tokens=8, written_tokens=64, settle_s=0.5),
-    warm_s=1.5,
-    handoff_tokens=256,
-    plan=Plan(seconds=2.0, least=6, most=12, cv=1.0, seed=SEED, restless_s=0.5),
-    first_rate=4.0,
-    length_scale=0.1,
-    budget_tokens=128,
-    percents=(),
-    goodput_s=20.0,
-    whole_s=150.0,
-)
 
 
 def results(model: str | None) -> Iterator[Result]:
@@ -138,8 +67,6 @@ class Systems:
         self._running: dict[str, Target] = {}
         self._asked = itertools.count()
         self._started = itertools.count(1)
-        self._base: Yardstick | None = None
-        """What the first system took when idle."""
 
     def measured(self) -> Iterator[Result]:
         """Everything, in an order in which a failure or the end of the time leaves what matters most. Nothing is left running."""
@@ -185,8 +112,7 @@ class Systems:
             best = better
         if best.name not in self._running:
             yield from self._start([best])
-        wanted = [variant.name for variant in (best, colocated, chunked) if variant.name in self._running]
-        yield from self._goodput(wanted, self._effort.goodput_s)
+        yield from self._search((best, colocated, chunked), self._effort.goodput_s)
 
     def _in_turn(self, apart: Variant, colocated: Variant, chunked: Variant) -> Iterator[Result]:
         """One system at a time: a card that holds no more."""
@@ -199,7 +125,7 @@ class Systems:
             yield from self._gaps(variant)
             if variant.kind == apart.kind:
                 yield from self._handoff(variant)
-            yield from self._goodput([variant.name], self._effort.goodput_s / 4)
+            yield from self._search([variant], self._effort.goodput_s / 4)
             self._stop(variant.name)
 
     # ---------------------------------------------------------------------------------------------------- starting, ending
@@ -253,7 +179,7 @@ class Systems:
                 measure = interference.measure(target, self._streams, one, next(self._asked))
                 found = asyncio.run(within(measure, 2 * one.half_s + PATIENCE_S))
         except Exception as error:
-            found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+            found = failure(error)
         yield f"between tokens, {variant.name}", found
 
     def _handoff(self, variant: Variant) -> Iterator[Result]:
@@ -266,63 +192,21 @@ class Systems:
             steps = {"transfer_in_steps": round(cost.transfer_ms / cost.decode_step_ms, 3)}
             found = {**asdict(cost), **steps, "transport": said(target.cluster, "prefill-0", "transfer open")}
         except Exception as error:
-            found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+            found = failure(error)
         yield f"handoff, {variant.name}", found
 
-    def _goodput(self, names: Sequence[str], seconds: float) -> Iterator[Result]:
-        """Trials of these systems in turn, each judged by both objectives; searches the strict goodput first, then the loose one."""
-        effort, began = self._effort, time.monotonic()
-        until = began + min(seconds, self._left())
-        targets = [self._running[name] for name in names]
-        if not targets or until - began < 5:
-            yield f"goodput, {', '.join(names)}", {"error": "no system, or no time left"}
-            return
-        bench = Bench(targets, self._workload, self._writer, effort.plan, self._say)
-        try:
-            asyncio.run(within(bench.measure_unloaded(1), PATIENCE_S))
-        except Exception as error:
-            yield "unloaded", {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
-            return
-        self._base = self._base or bench.unloaded[names[0]]
-        yield f"unloaded, {', '.join(names)}", {name: asdict(one) for name, one in bench.unloaded.items()}
-        judges = {name: Yardstick(self._base.ttft, self._base.tpot_s, *scales) for name, scales in OBJECTIVES.items()}
-        curves = {name: {one.name: Curve(effort.first_rate, FLOOR, CEILING, RESOLUTION) for one in targets} for name in judges}
-        strict_until = began + STRICT_TIME * (until - began)
-        for turn in itertools.count():
-            wanted = due(curves, time.monotonic() < strict_until)
-            if wanted is None or time.monotonic() >= until:
-                break
-            objective, rates = wanted
-            for name, rate in rates.items():
-                left = until - time.monotonic()
-                if left <= 0:
-                    break
-                try:
-                    done = asyncio.run(within(bench.run(self._running[name], rate, judges[objective], turn), left + LAST_S / 2))
-                except Exception as error:
-                    yield f"trial, {name}, {rate:.2f}/s", {"error": f"{type(error).__name__}: {error}"[:300]}
-                    break
-                if not done.void:
-                    for kind, judge in judges.items():
-                        curves[kind][name].add(rate, sum(map(judge.attains, done.records)), len(done.records))
-                yield f"trial {len(bench.trials)}, {name}, {rate:.2f}/s", body(done, judges, objective)
-        yield (
-            f"goodput, {', '.join(names)}",
-            {
-                "objectives": {name: asdict(judge) for name, judge in judges.items()},
-                "found": {kind: {name: summary(curve) for name, curve in ones.items()} for kind, ones in curves.items()},
-                "trials": len(bench.trials),
-                "seconds": round(time.monotonic() - began, 1),
-            },
-        )
+    def _search(self, wanted: Sequence[Variant], seconds: float) -> Iterator[Result]:
+        """Goodput of those that run."""
+        targets = [self._running[variant.name] for variant in wanted if variant.name in self._running]
+        yield from self._goodput.search(targets, min(seconds, self._left()))
 
     # -------------------------------------------------------------------------------------------------------------- inside
 
     def _texts(self, place: Path) -> None:
         effort = self._effort
         self._streams = Writer(place, interference.workload(effort.context, effort.load), SEED)
-        self._workload = load("chatbot", effort.context, SEED, effort.length_scale)
-        self._writer = Writer(place, self._workload, SEED)
+        workload = load("chatbot", effort.context, SEED, effort.length_scale)
+        self._goodput = Goodput(effort, workload, Writer(place, workload, SEED), self._say)
 
     def _left(self) -> float:
         return self._began + self._effort.whole_s - LAST_S - time.monotonic()
@@ -353,40 +237,10 @@ def bounded(variant: Variant, percent: int) -> Variant:
     return replace(variant, placement=f"{variant.placement}, prefill {percent} %", shape=replace(variant.shape, role_flags=role_flags))
 
 
-def due(curves: dict[str, dict[str, Curve]], strict_first: bool) -> tuple[str, dict[str, float]] | None:
-    """Which objective's search goes on, and the next rate of every system that it still has to find; None when nothing is left."""
-    for objective in ("strict", "loose") if strict_first else ("loose", "strict"):
-        rates = {name: rate for name, curve in curves[objective].items() if (rate := curve.next_rate(SHARE)) is not None}
-        if rates:
-            return objective, rates
-    return None
-
-
-def body(done: Trial, judges: dict[str, Yardstick], objective: str) -> dict[str, Any]:
-    """A trial's figures. P99 of TTFT and TPOT are of the requests that were answered."""
-    told = trial_summary(done, judges["strict"])
-    shares = {name: round(sum(map(judge.attains, done.records)) / len(done.records), 4) for name, judge in judges.items()}
-    kept = ("requests", "failed", "void", "late_p99_s", "ttft_s", "tpot_s", "between_s", "transfers_within_a_step", "stages_ms")
-    figures = {name: told[name] for name in kept if name in told}
-    return {"searching": objective, "attained": shares, **figures, "seconds": round(done.seconds, 1)}
-
-
-def summary(curve: Curve) -> dict[str, Any]:
-    return {
-        **asdict(curve.goodput(SHARE)),
-        "curve": [[rate, round(curve.attainment(rate), 4), curve.asked[rate]] for rate in sorted(curve.asked)],
-    }
-
-
 def said(cluster: Cluster, child: str, words: str) -> str | None:
     """The last line of a child's log with these words, from there on."""
     lines = cluster.children[child].log.read_text(errors="replace").splitlines()
     return next((line[line.index(words) :][:300] for line in reversed(lines) if words in line), None)
-
-
-async def within(work: Any, seconds: float) -> Any:
-    async with asyncio.timeout(seconds):
-        return await work
 
 
 def roomy() -> str:

@@ -56,7 +56,7 @@ class Ranks:
     def __init__(self, settings: WorkerSettings, grid: Grid, model: Path, cores: list[list[int]], name: str) -> None:
         """Start them. `cores`: of each rank, rank 0's included."""
         self.grid = grid
-        self._folder = tempfile.TemporaryDirectory(prefix="baton-ranks-")
+        self._folder = tempfile.TemporaryDirectory(prefix="baton-ranks-") if grid.ranks > 1 else None
         self._ranks: list[_Rank] = []
         self._closing = False
         for number in range(1, grid.ranks):
@@ -87,6 +87,7 @@ class Ranks:
     @property
     def store(self) -> Path:
         """The file at which the ranks meet."""
+        assert self._folder is not None, "one rank meets nobody"
         return Path(self._folder.name) / "mesh"
 
     # ----------------------------------------------------------------------------------------------------------- start
@@ -178,7 +179,7 @@ class Ranks:
         """From any thread: one rank is lost, and so are all. No drain: gateways and peers hear no more beats, as if all had been killed."""
         log.error("a rank is lost, the worker ends", reason=f"{type(error).__name__}: {error}")
         self._kill()
-        self._folder.cleanup()
+        self._forget()
         leave(1)
 
     def close(self) -> None:
@@ -198,12 +199,16 @@ class Ranks:
                 rank.writer.close()
             else:
                 rank.words.close()
-        self._folder.cleanup()
+        self._forget()
 
     def abort(self) -> None:
         """The start has failed."""
         self._kill()
         self.close()
+
+    def _forget(self) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
 
     def _kill(self) -> None:
         for rank in self._ranks:

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from scripts.gpu import check
+from scripts.gpu.goodput import due
 from scripts.gpu.model import greedy, random_model
-from scripts.gpu.system import bounded, due
+from scripts.gpu.system import bounded
 from scripts.load.curve import Curve
 from scripts.load.targets import Hardware, variants
 

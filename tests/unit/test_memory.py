@@ -73,6 +73,14 @@ def test_pools_of_workers_that_start_together_fit_beside_each_other(tmp_path: Pa
         found.note.close()
 
 
+def test_a_worker_of_one_rank_leaves_nothing_behind_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each one that was killed left an empty folder in the place for temporary files."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ranks = Ranks(WorkerSettings(), Grid(), tmp_path, [[0]], "worker")
+    assert list(tmp_path.iterdir()) == []
+    ranks.close()
+
+
 def test_a_worker_that_hangs_while_it_measures_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "TURN_S", 0.1)
     with memory.turn(tmp_path), memory.turn(tmp_path):
