@@ -7,10 +7,12 @@ every member writes its own again within a beat.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, TypeAlias
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias, TypeVar
 
 from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError, ConnectionError, TimeoutError
 
 from common import names
 from common.connection import mapped
@@ -20,6 +22,10 @@ from common.messages import WORKER_ROLES, Identity, Incarnation, Introduction, R
 
 log = get_logger(__name__)
 
+PATIENCE_S = 15.0
+"""Who starts waits this long for a Redis that does not answer: it may be starting too, or be restarted just now."""
+
+_T = TypeVar("_T")
 OnPeers: TypeAlias = Callable[[dict[Incarnation, Introduction], Identity | None], None]
 
 
@@ -32,12 +38,21 @@ class Fleet:
         self.away = False
         """Whether Redis did not answer `keep` the last time."""
 
+    async def reach(self) -> None:
+        """Wait until Redis answers: before a model is loaded for nothing. Raises StartError."""
+        await _patiently(lambda: mapped(self._redis.exists(names.identity(self._name))))
+
     async def join(self, own: Identity) -> Identity:
-        """Take the fleet's identity, or give it ours if it has none. Raises StartError, in words, if this worker does not fit."""
+        """Take the fleet's identity, or give it ours if it has none, waiting for Redis. Raises StartError, in words, if this worker does
+        not fit."""
         key = names.identity(self._name)
-        await mapped(self._redis.set(key, encode(own), nx=True, ex=names.INTRODUCTION_TTL_S))
+
+        async def offer() -> Identity | None:
+            await mapped(self._redis.set(key, encode(own), nx=True, ex=names.INTRODUCTION_TTL_S))
+            return await self.identity()
+
         try:
-            found = await self.identity()
+            found = await _patiently(offer)
         except MessageError as error:
             raise StartError(f"the identity of fleet {self._name!r} cannot be read, another version wrote it: {error}") from error
         if found is None:
@@ -120,6 +135,24 @@ class Fleet:
         if found is not None and found == identity:
             await mapped(self._redis.expire(key, names.INTRODUCTION_TTL_S))
         return found
+
+
+async def _patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
+    """Ask until Redis answers, for `PATIENCE_S`; what it refuses is not asked again. Raises StartError."""
+    give_up = time.monotonic() + PATIENCE_S
+    said = False
+    while True:
+        try:
+            return await ask()
+        except QueueError as error:
+            cause = error.__cause__
+            away = isinstance(cause, OSError | ConnectionError | TimeoutError) and not isinstance(cause, AuthenticationError)
+            if not away or time.monotonic() >= give_up:
+                raise StartError(f"Redis cannot be used, look at redis_url: {error}") from error
+            if not said:
+                log.warning("Redis does not answer: waiting for it", reason=error, wait_s=PATIENCE_S)
+                said = True
+        await asyncio.sleep(names.BEAT_S)
 
 
 def _introduction(name: str, data: bytes | None) -> Introduction | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import signal
 import time
@@ -145,7 +144,7 @@ class Striker:
 
     async def _drain(self, child: Child) -> None:
         began = time.monotonic()
-        os.kill(child.pid, signal.SIGTERM)
+        self._system.cluster.kill(child.name, signal.SIGTERM)
         while child.alive:
             if time.monotonic() - began > DRAIN_S:
                 self._score.crashes.append(f"{child.name} does not drain")

@@ -55,16 +55,18 @@ def start(kind: Kind) -> int:
         mps.limit(settings)
         redis = connect(settings.redis_url, settings.redis_ca_file)
         try:
+            fleet = Fleet(redis, settings.fleet)
+            await fleet.reach()
             async with leased(settings, redis, service):
                 room = await asyncio.to_thread(build, settings, shares, kind.role)
-                identity = await Fleet(redis, settings.fleet).join(room.identity)
+                identity = await fleet.join(room.identity)
                 await kind(room, settings, service, redis, identity).run()
                 while service.becoming is not None:
                     role = service.becoming
                     log.info("changing the role", before=service.role, role=role, incarnation=service.incarnation)
                     service.renew(role)
                     room = cleared(room, settings, role)
-                    identity = await Fleet(redis, settings.fleet).join(room.identity)
+                    identity = await fleet.join(room.identity)
                     await _kind(role)(room, settings, service, redis, identity).run()
         finally:
             await redis.aclose()

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from common import names
 from common.errors import StartError
-from common.fleet import Fleet
+from common.fleet import PATIENCE_S, Fleet
 from common.messages import Identity, Introduction, encode
 from common.queue import connect
 from scripts.launcher.valkey import Valkey
@@ -210,3 +210,30 @@ async def test_a_fleet_survives_a_server_that_is_away_and_comes_back_empty(valke
         finally:
             await fleet._redis.aclose()
         await gateway.until(lambda: gateway.reports[-1] == everybody)
+
+
+async def test_who_starts_while_the_server_is_away_waits_for_it(valkey: Valkey) -> None:
+    """A worker with its weights loaded ended because Redis was just being restarted."""
+    valkey.kill()
+    async with connect(valkey.url) as redis:
+        fleet = Fleet(redis, "f")
+        starting = [asyncio.create_task(fleet.reach()), asyncio.create_task(fleet.join(IDENTITY))]
+        await asyncio.sleep(2 * names.BEAT_S)
+        assert not any(task.done() for task in starting)
+        valkey.start()
+        assert await asyncio.wait_for(asyncio.gather(*starting), PATIENCE_S) == [None, IDENTITY]
+
+
+async def test_nobody_waits_for_ever_for_a_server_nor_at_all_with_a_wrong_password(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = valkey.url.replace("@", "x@")
+    async with connect(wrong) as redis:
+        began = time.monotonic()
+        with pytest.raises(StartError, match=r"redis_url.*Authentication"):
+            await Fleet(redis, "f").reach()
+        assert time.monotonic() - began < PATIENCE_S / 2
+    monkeypatch.setattr("common.fleet.PATIENCE_S", 2 * names.BEAT_S)
+    valkey.kill()
+    async with connect(valkey.url) as redis:
+        for attempt in (Fleet(redis, "f").reach(), Fleet(redis, "f").join(IDENTITY)):
+            with pytest.raises(StartError, match=r"redis_url.*Error 111"):
+                await attempt

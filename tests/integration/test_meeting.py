@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -66,8 +67,8 @@ async def prefills(pair: Cluster) -> AsyncIterator[list[Prefill]]:
         decode = next(one for one in (await fleet.peers()).values() if one.role == "decode")
     assert identity is not None
     made = [Prefill(decode, identity) for _ in range(1 + TRIES)]
-    for number, one in enumerate(made):
-        one.connect(f"meeting-{number}", pair)
+    for one in made:
+        one.connect(secrets.token_hex(8), pair)
     yield made
     for one in made:
         one.client.close()
