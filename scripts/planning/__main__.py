@@ -14,7 +14,8 @@ from typing import Any
 
 from scripts.launcher.show import Progress
 from scripts.load.workloads import WorkloadError, load
-from scripts.planning import compose, reproduce, show
+from scripts.planning import against, compose, reproduce, show
+from scripts.planning.against import AgainstError
 from scripts.planning.demand import wanted
 from scripts.planning.live import demanded
 from scripts.planning.options import parse
@@ -35,8 +36,13 @@ def main() -> int:
     # A search makes millions of small objects that are freed by counting; looking for cycles among them costs a quarter of the time.
     gc.disable()
     try:
-        result = reproduce.everything(say) if chosen.paper else search(chosen, say)
-    except (WorkloadError, ProfileError, PlanError, OSError) as error:
+        if chosen.paper:
+            result = reproduce.everything(say)
+        elif chosen.against:
+            result = check(chosen, say)
+        else:
+            result = search(chosen, say)
+    except (WorkloadError, ProfileError, PlanError, AgainstError, OSError) as error:
         print(f"./scripts/plan: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -49,6 +55,27 @@ def main() -> int:
 def costs_of(name: str) -> Costs:
     """Of a built-in machine or a profile. Raises ProfileError."""
     return paper.costs(name) if name in paper.NAMED else profile.costs(profile.read(Path(name)))
+
+
+def check(chosen: argparse.Namespace, say: Progress) -> dict[str, Any]:
+    """The simulator against a run of `./scripts/goodput`. Raises ProfileError, AgainstError, OSError."""
+    costs = costs_of(chosen.profile)
+    say(f"{costs.name}: {costs.source}")
+    found = against.read(chosen.against)
+    results, left = against.compared(costs, found, chosen.share)
+    print("\n".join([against.table(results), *left]), file=sys.stderr, flush=True)
+    picture = chosen.out.with_suffix(".png")
+    show.draw_against(results, f"{costs.name}: measured, and simulated", chosen.share, picture)
+    say(f"wrote {picture}")
+    return {
+        "command": f"./scripts/plan {shlex.join(sys.argv[1:])}",
+        "machine": costs.name,
+        "fit": costs.source,
+        "measured_by": found.command,
+        "share": chosen.share,
+        "systems": {one.target: against.as_json(one) for one in results},
+        "left_out": left,
+    }
 
 
 def search(chosen: argparse.Namespace, say: Progress) -> dict[str, Any]:

@@ -55,6 +55,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--one-gpu-workers", action="store_true", help="only what workers can do today: one GPU each")
     parser.add_argument("--no-curve", action="store_true", help="leave the plot out")
     parser.add_argument("--paper", action="store_true", help="instead: DistServe's motivating case and ratios, ours beside the paper's")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="instead: what ./scripts/goodput --slo … --out FILE measured, beside what the simulator says of the same requests",
+    )
     parser.add_argument("--out", type=Path, default=Path("plan"), metavar="STEM", help="writes STEM.json, STEM.png and STEM.yml [plan]")
     chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 
 from common.slo import Objectives
 from scripts.load.curve import wilson
+from scripts.planning.against import Compared
 from services.planner.goodput import Rated
 from services.planner.placement import Colocated, Placement
 from services.planner.planner import Answer
@@ -99,11 +100,7 @@ def draw(curves: Sequence[tuple[Placement, Sequence[Verdict]]], title: str, obje
     for (where, verdicts), colour in zip(curves, COLOURS, strict=False):
         rates = [verdict.rate * _units(where) / where.devices for verdict in verdicts]
         shares = [verdict.hits / verdict.asked for verdict in verdicts]
-        spans = [wilson(verdict.hits, verdict.asked) for verdict in verdicts]
-        errors = [
-            [max(0.0, one - low) for one, (low, _) in zip(shares, spans, strict=True)],
-            [max(0.0, high - one) for one, (_, high) in zip(shares, spans, strict=True)],
-        ]
+        errors = _errors([(verdict.hits, verdict.asked) for verdict in verdicts])
         axis.errorbar(rates, shares, errors, marker="o", markersize=4, capsize=2, elinewidth=0.7, color=colour, label=str(where))
     axis.axhline(share, color="#999", linewidth=0.7, linestyle=":")
     axis.set(ylim=(0, 1.03), xlim=(0, None), xlabel="requests per second and GPU")
@@ -112,6 +109,32 @@ def draw(curves: Sequence[tuple[Placement, Sequence[Verdict]]], title: str, obje
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def draw_against(results: Sequence[Compared], title: str, share: float, path: Path) -> None:
+    """Attainment over the rate: trials with Wilson's 95 % intervals, and what the simulator says of the same requests."""
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for one, colour in zip(results, COLOURS, strict=False):
+        rates = [rate for rate, *_ in one.trials]
+        shares = [hits / asked for _, asked, hits, _ in one.trials]
+        errors = _errors([(hits, asked) for _, asked, hits, _ in one.trials])
+        simulated = [hits / asked for _, asked, _, hits in one.trials]
+        axis.errorbar(
+            rates, shares, errors, marker="o", linestyle="", markersize=4, capsize=2, elinewidth=0.7, color=colour, label=one.target
+        )
+        axis.plot(rates, simulated, marker="x", markersize=5, linewidth=0.9, color=colour, label=f"{one.target}, simulated")
+    axis.axhline(share, color="#999", linewidth=0.7, linestyle=":")
+    axis.set(ylim=(0, 1.03), xlim=(0, None), xlabel="requests per second", ylabel="both objectives met", title=title)
+    axis.grid(alpha=0.2)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _errors(trials: Sequence[tuple[int, int]]) -> list[list[float]]:
+    """Below and above each (hits, asked): Wilson's 95 % interval."""
+    spans = [(hits / asked, *wilson(hits, asked)) for hits, asked in trials]
+    return [[max(0.0, one - low) for one, low, _ in spans], [max(0.0, high - one) for one, _, high in spans]]
 
 
 def _units(where: Placement) -> int:
