@@ -44,7 +44,7 @@ def main() -> int:
         if chosen.device == "cpu":
             _pin(cores(chosen.cores) if chosen.cores else [min(before)])
         path = obtain(chosen.model, say)
-        options = Options(path, chosen.device, chosen.dtype, chosen.kernels, chosen.quick)
+        options = Options(path, chosen.device, chosen.dtype, chosen.kernels, chosen.quick, plain=not chosen.no_plain)
         elsewhere = frozenset(before - os.sched_getaffinity(0) or before)
         report, times = measure(options, say, lambda shapes: http.samples(servers, shapes.vocabulary, elsewhere))
     except (StartError, SettingError, ModelError, RuntimeError, httpx.HTTPError) as error:
@@ -88,6 +88,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cores", help="CPU cores, as 0 or 0-3 or 0,2 [the first one]")
     parser.add_argument("--kernels", choices=typing.get_args(Kernels), default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer cases and rounds")
+    parser.add_argument("--no-plain", action="store_true", help="leave plain transformers out, for a profile sooner")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the last line here")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="also write what the planner reads here")
     parser.add_argument(

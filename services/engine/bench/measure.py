@@ -40,6 +40,8 @@ class Options:
     dtype: DType
     kernels: Kernels
     quick: bool
+    plain: bool = True
+    """Plain transformers beside it."""
 
 
 def measure(
@@ -67,7 +69,7 @@ def measure(
         *overhead.step_cases(overhead.SEQUENCES[-1]),
         *overhead.sampling_cases(shapes.vocabulary, device, samples),
     ]
-    for kind in KINDS[: 1 if options.quick else None]:
+    for kind in KINDS[: 0 if not options.plain else 1 if options.quick else None]:
         say(f"plain transformers with {kind}")
         cases += _plain(options, device, dtype, kind, wanted)
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
