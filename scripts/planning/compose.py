@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from services.planner.placement import Colocated, Disaggregated, Placement
+from collections.abc import Mapping
+
+from services.planner.placement import Colocated, Disaggregated, Group, Placement
 
 
 def override(where: Placement, made: str) -> tuple[str, list[str]]:
@@ -10,40 +12,43 @@ def override(where: Placement, made: str) -> tuple[str, list[str]]:
     cannot = shortcomings(where)
     head = [f"# {where}", f"# Made by {made}", *(f"# NOT STARTED LIKE THAT: {one}" for one in cannot), "services:"]
     if isinstance(where, Disaggregated):
-        body = ["  prefill:", _scale(where.prefill.replicas * where.units)]
-        body += ["  decode:", _scale(where.decode.replicas * where.units)]
+        body = []
+        for role, group in (("prefill", where.prefill), ("decode", where.decode)):
+            body += [f"  {role}:", _scale(group.replicas * where.units), *_environment(_degrees(group))]
     else:
         body = _colocated(where)
     return "\n".join([*head, *body, ""]), cannot
 
 
 def shortcomings(where: Placement) -> list[str]:
-    groups = [where.group] if isinstance(where, Colocated) else [where.prefill, where.decode]
-    cannot = []
-    wide = [group.parallel for group in groups if group.parallel.devices > 1]
-    if wide:
-        cannot.append(
-            f"a worker cannot span several GPUs yet ({', '.join(map(str, dict.fromkeys(wide)))}); each gets one (--one-gpu-workers)"
-        )
     if isinstance(where, Disaggregated) and (where.units > 1 or where.across_nodes):
-        cannot.append(
-            "compose starts one host; on several, start each host's part there, in a fleet of its own if handoffs must stay inside"
-        )
-    return cannot
+        return ["compose starts one host; on several, start each host's part there, in a fleet of its own if handoffs must stay inside"]
+    return []
 
 
 def _colocated(where: Colocated) -> list[str]:
     """In the place of the prefills, so that the overlays for CPU and others hold for them."""
-    body = [
+    budget = {} if where.budget_tokens is None else {"BATON_BUDGET_TOKENS": f'"{where.budget_tokens}"'}
+    return [
         "  prefill: # colocated workers",
         "    command: [python, -m, services.colocated]",
         _scale(where.group.replicas),
-        "    environment:",
-        f"      BATON_POLICY: {where.policy}",
+        *_environment({"BATON_POLICY": where.policy, **budget, **_degrees(where.group)}),
+        "    healthcheck:",
+        "      test: [CMD, python, -m, services.colocated, --check]",
+        "  decode:",
+        _scale(0),
     ]
-    if where.budget_tokens is not None:
-        body.append(f'      BATON_BUDGET_TOKENS: "{where.budget_tokens}"')
-    return [*body, "    healthcheck:", "      test: [CMD, python, -m, services.colocated, --check]", "  decode:", _scale(0)]
+
+
+def _degrees(group: Group) -> dict[str, str]:
+    """Of a worker of several ranks; it leases a GPU for each."""
+    degrees = {"BATON_TP": group.parallel.tp, "BATON_PP": group.parallel.pp}
+    return {name: f'"{degree}"' for name, degree in degrees.items() if degree > 1}
+
+
+def _environment(variables: Mapping[str, str]) -> list[str]:
+    return ["    environment:", *(f"      {name}: {value}" for name, value in variables.items())] if variables else []
 
 
 def _scale(replicas: int) -> str:

@@ -52,7 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--algorithm", type=int, choices=(1, 2), help="DistServe's: 1 workers anywhere, 2 handoffs inside a node [by the network]"
     )
-    parser.add_argument("--one-gpu-workers", action="store_true", help="only what workers can do today: one GPU each")
+    parser.add_argument("--one-gpu-workers", action="store_true", help="only workers of one GPU each")
     parser.add_argument("--no-curve", action="store_true", help="leave the plot out")
     parser.add_argument("--paper", action="store_true", help="instead: DistServe's motivating case and ratios, ours beside the paper's")
     parser.add_argument(
