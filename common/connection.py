@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import Awaitable, Iterable
 from typing import Any, TypeVar
@@ -77,6 +78,12 @@ class Heeding(AbstractConnection):
             if task.cancelling() > told:
                 await self.disconnect(nowait=True)  # or the next command would read the answer to this one
                 raise asyncio.CancelledError
+
+
+async def close_idle(redis: Redis) -> None:
+    """Connections that may have died with an earlier Redis: the next operation opens a new one. However closing goes, they are gone."""
+    with contextlib.suppress(RedisError, OSError, TimeoutError):
+        await redis.connection_pool.disconnect(inuse_connections=False)
 
 
 async def mapped(operation: Awaitable[_T]) -> _T:

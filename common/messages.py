@@ -3,9 +3,10 @@
 Tagged msgspec structs, encoded as msgpack; nothing is ever unpickled. New fields have defaults, so that neighbouring versions
 can talk; what does not fit the types is refused at decoding (`MessageError`).
 
-Words used throughout: an *incarnation* names one start of one process; `attempt` counts the executions the gateway has started for
-one (request, choice); `execution` is drawn by the worker at each claim; `handoff` counts offers within an execution;
-`index` is the absolute position of an output token of a choice. Durations are seconds on the sender's clock: no stamp leaves its host.
+Words used throughout: an *incarnation* names one start of one process, and a new one its next role; `attempt` counts the executions the
+gateway has started for one (request, choice); `execution` is drawn by the worker at each claim; `handoff` counts offers within a prefill's
+incarnation; `index` is the absolute position of an output token of a choice. Durations are seconds on the sender's clock: no stamp leaves
+its host.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class Job(Struct, frozen=True, tag=True):
 
 
 class Started(Struct, frozen=True, tag=True):
-    """The sender runs this execution from now on: a prefill when it has reserved pages, a decode when it has committed them.
+    """The sender runs this execution from now on: a prefill when its first launch begins, a decode when it has committed them.
 
     `transfer_s` (decode): from the first token to the end of the push, by prefill's clock, and from there to the commit, by decode's.
     """
@@ -194,7 +195,7 @@ class Finished(Struct, frozen=True, tag=True):
 
 
 class Lost(Struct, frozen=True, tag=True):
-    """The sender gives the execution up, alive and in order; it does not count as suspicion."""
+    """The sender gives the execution up, alive and in order; only the reason `failed` counts as suspicion."""
 
     key: Key
     reason: LostReason
@@ -230,7 +231,7 @@ class WorkerBeat(Struct, frozen=True, tag=True):
     step: int
     """Launches collected so far, the slowest rank's."""
     busy: bool
-    """Work is pending: `step` must move within `longest_step_s`."""
+    """A launch is under way: `step` must move within `longest_step_s`."""
     longest_step_s: float
     free_pages: int
     total_pages: int
@@ -307,6 +308,8 @@ class PeerBeat(Struct, frozen=True, tag=True):
     shards: list[Shard]
     handoffs: list[int] = []
     protocol: int = PROTOCOL
+    checksums: bool = True
+    """Whether pages come with them."""
 
 
 class Offer(Struct, frozen=True, tag=True):
@@ -337,7 +340,8 @@ class Pushed(Struct, frozen=True, tag=True):
 
 
 class Withdraw(Struct, frozen=True, tag=True):
-    """Prefill gives the handoff up. What it had not pushed of the grant it flushes with empty messages, so that every receive completes."""
+    """Prefill gives the handoff up. What it had not pushed of the grant it flushes with one-byte messages, so that every receive
+    completes."""
 
     handoff: int
 
@@ -428,7 +432,7 @@ class Introduction(Struct, frozen=True, tag=True):
 
 
 class Identity(Struct, frozen=True, tag=True):
-    """What all members of a fleet share; fixed by the first worker, refreshed by all, gone with the last."""
+    """What all members of a fleet share; fixed by the first worker, refreshed by all workers, gone with the last of them."""
 
     fingerprint: str
     model: str

@@ -80,11 +80,11 @@ def fingerprint(path: str | Path, dtype: str, page_tokens: int) -> str:
     where = folder(path)
     digest = hashlib.blake2b(f"{dtype} {page_tokens} {tokenizer_hash(where)}".encode(), digest_size=16)
     digest.update((where / "config.json").read_bytes())
-    for file in sorted([*where.glob("*.safetensors"), *where.glob("*.bin")]):
+    for file in sorted(where.glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
         with file.open("rb") as content:
-            header = int.from_bytes(content.read(8), "little") if file.suffix == ".safetensors" else 0
+            header = int.from_bytes(content.read(8), "little")
             digest.update(content.read(min(header, 64 << 20)))
             for part in range(SLICES):
                 content.seek(max(0, size - SLICE_BYTES) * part // (SLICES - 1))

@@ -12,8 +12,6 @@ INTRODUCTION_TTL_S = 10
 """A process refreshes its introduction in Redis every BEAT_S; it vanishes this long after the last time."""
 WISH_TTL_S = 60
 """A worker that has not looked by then is not there."""
-STARTUP_S = 120.0
-"""A worker that is not ready by then has failed."""
 
 CLASSES = ("resume", "priority", "interactive", "batch")
 """Classes of jobs, in the order in which prefills read them."""
@@ -26,7 +24,7 @@ REDIS_RIGHTS = "~baton:* resetchannels +@read +@write +@connection +@transaction
 
 
 def incarnation() -> str:
-    """A name for this start of this process: 16 hex digits."""
+    """A name for this start of this process, or for its next role: 16 hex digits."""
     return secrets.token_hex(8)
 
 

@@ -10,11 +10,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError, RedisError, ResponseError
 
 from common import names
-from common.connection import ANSWER_S, connect, mapped
+from common.connection import ANSWER_S, close_idle, connect, mapped
 from common.entries import (
     Absent,
     Claimed,
@@ -42,6 +43,11 @@ LONGEST_WAIT_S = ANSWER_S / 2
 MAX_JOB_BYTES = 16 << 20
 DEAD_LETTERS = 1000
 """The dead-letter stream keeps about this many."""
+DEAD_LETTER_BYTES = 64 << 10
+DEAD_LETTER_PROMPT = 1000
+"""Of a job that is larger only so many tokens of its prompt are kept."""
+KEPT_S = 7 * 24 * 3600
+"""What nobody serves or reads any more goes after this long: dead letters, and the streams of a model that is no longer served."""
 ALONE_S = 60
 """A request that runs alone keeps others from doing so for at most this long."""
 
@@ -110,7 +116,11 @@ class JobQueue:
 
     async def bury(self, job: Job, reason: str) -> None:
         """Into the dead-letter stream, for people to look at."""
-        await self._bury(encode(job), reason)
+        data = encode(job)
+        if len(data) > DEAD_LETTER_BYTES:
+            data = encode(replace(job, prompt=job.prompt[:DEAD_LETTER_PROMPT], choices=[]))
+            reason += f" (its {len(job.prompt)} prompt tokens are cut)"
+        await self._bury(data, reason)
 
     async def lock_alone(self, request_id: str) -> bool:
         """Whether this request may run alone now: at most one in the fleet does. Asked again, it keeps the right."""
@@ -225,6 +235,13 @@ class JobQueue:
             await self.forget(consumer)
         return len(consumers)
 
+    async def keep(self) -> None:
+        """The streams are in use: they stay for `KEPT_S` more."""
+        pipe = self._redis.pipeline(transaction=False)
+        for stream in self._classes:
+            pipe.expire(stream, KEPT_S)
+        await mapped(pipe.execute())
+
     # ---------------------------------------------------------------------------------------------------------- anyone
 
     async def depth(self) -> int:
@@ -259,8 +276,11 @@ class JobQueue:
         return await self._with_groups(look)
 
     async def _bury(self, data: bytes, reason: str) -> None:
-        fields = {b"job": data, b"reason": reason.encode(), b"at": str(time.time()).encode()}
-        await mapped(self._redis.xadd(names.dead_letters(self._fleet), fields, maxlen=DEAD_LETTERS, approximate=True))
+        fields = {b"job": data[:DEAD_LETTER_BYTES], b"reason": reason.encode(), b"at": str(time.time()).encode()}
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.xadd(names.dead_letters(self._fleet), fields, maxlen=DEAD_LETTERS, approximate=True)
+        pipe.expire(names.dead_letters(self._fleet), KEPT_S)
+        await mapped(pipe.execute())
 
     async def _with_groups(self, operation: Callable[[], Awaitable[_T]], *, repeat: bool = True) -> _T:
         """Run it; again if Redis had lost the groups, and if the connection was broken and a repetition does no harm."""
@@ -274,7 +294,7 @@ class JobQueue:
                 made = True
                 await mapped(self._make_groups())
             except ConnectionError as error:
-                await self._redis.connection_pool.disconnect(inuse_connections=False)
+                await close_idle(self._redis)
                 if repeated or not repeat:
                     raise QueueError(f"{type(error).__name__}: {error}") from error
                 repeated = True

@@ -73,7 +73,10 @@ class WorkerSettings(CommonSettings):
     cores: str | None = setting(None, "CPU cores for this worker, as 0 or 0-3 or 0,2; default: all it may use")
     pages: int | None = setting(None, "pages of KV in the pool; default: from free memory", low=1)
     memory_fraction: float = setting(
-        0.25, "share of the memory free at start for the pool, after a reserve of 256 MiB and other workers' pools", low=0.01, high=0.95
+        0.25,
+        "share of the memory that is free once the weights are in place, for the pool; after a reserve of 256 MiB and other workers' pools",
+        low=0.01,
+        high=0.95,
     )
     page_tokens: int = setting(16, "tokens of KV in a page", low=1, high=1024)
     max_request_tokens: int | None = setting(None, "largest request, prompt and answer; default: the model's context", low=2)
@@ -95,8 +98,9 @@ class WorkerSettings(CommonSettings):
     fault: str = setting("", "injected transfer fault, for tests: fail:N, stall:N or corrupt:N, every N-th page")
     die: str = setting(
         "",
-        "injected death, for tests: STAGE:N kills the worker when the N-th request comes to that stage, poison:ID by a launch of a prompt "
-        "that begins with this token",
+        "injected death, for tests: STAGE:N kills the worker at that stage's N-th request (prefill_queue, decode_queue), computed chunk "
+        "(prefill), handoff (transfer) or drawn token (decode), poison:ID by a launch of a prompt that begins with this token; a colocated "
+        "worker dies of poison only",
     )
 
 

@@ -1,4 +1,4 @@
-# Prefill, decode and colocated workers, and the one-shot service that puts the model into the volume.
+# Prefill, decode and colocated workers, and the service that puts the model into the volume.
 ARG BASE_IMAGE=python:3.12-slim-bookworm
 
 # The CPU kernels, for every kind of x86-64; the image that runs has no g++. Another architecture computes with torch.

@@ -94,6 +94,8 @@ class LiveDesk:
         self._ledger = Ledger(incarnation, self._subscriber.address)
         self._liveness = Liveness()
         self._beats: dict[Incarnation, WorkerBeat] = {}
+        self._members: set[Incarnation] = set()
+        """Whom Redis names at present."""
         self._answers: dict[FlightId, LiveAnswer] = {}
         self._idle = asyncio.Event()
         """Set whenever the last running answer has ended."""
@@ -249,9 +251,15 @@ class LiveDesk:
             self._control.connect(name, member.control_address)
             self._ledger.join(name, member.role)
             self._beat_to(name)
-        for name in set(self._control.peers) - set(members):
-            if name not in self._liveness.alive:
-                self._control.disconnect(name)
+        self._members = set(members)
+        for name in self._control.peers - self._members:
+            self._part(name)
+
+    def _part(self, worker: Incarnation) -> None:
+        """Redis does not name it any more: if it is silent too, nobody is there."""
+        if worker not in self._liveness.alive:
+            self._control.disconnect(worker)
+            self._ledger.part(worker)
 
     def _fits(self, member: Introduction) -> bool:
         same = self._identity is None or member.fingerprint == self._identity.fingerprint
@@ -278,6 +286,8 @@ class LiveDesk:
                 self._liveness.forget(worker)
                 self._beats.pop(worker, None)
                 self._do(self._ledger.dead(worker, now))
+                if worker not in self._members:
+                    self._part(worker)
             self._do(self._ledger.tick(now))
             await asyncio.sleep(BEAT_S)
 

@@ -98,7 +98,8 @@ class Forecast:
         return ((own + elsewhere + begun) / rate, prompt_tokens / rate) if rate > 0 else (0.0, 0.0)
 
     def check(self, ask: Ask, load: Load, workers: Iterable[WorkerBeat], now: float, page_tokens: int) -> None:
-        """Raises Overloaded for a request that would come too late. One before which nothing waits is accepted, however long it takes."""
+        """Raises Overloaded for a request that would come too late. One before which nothing waits is never refused for its first token,
+        however long that takes; missing pages, or the pace if it has a limit, can still refuse it."""
         beats = list(workers)
         tokens = len(ask.prompt)
         ahead_s, own_s = self.ttft_s(ask.job_class, tokens, load, beats)

@@ -1,8 +1,8 @@
 """Who holds which request, and what to do when nobody does: the gateway's half of the recovery rules, pure.
 
-The ledger owns a request from acceptance to its last token. It is told what happened (`open`, `put`, `event`, `beat`, `dead`,
-`judge`, `tick`, `cancel`) and answers with actions for the desk to carry out; it has no clock, no socket and no await, so raising an
-attempt and copying the accepted ids are one step. Rule numbers are those of docs/protocol.md.
+The ledger owns a request from acceptance to its last token. It is told what happened (`open`, `put`, `put_failed`, `join`, `part`,
+`event`, `dead`, `judge`, `tick`, `cancel`) and answers with actions for the desk to carry out; it has no clock, no socket and no await, so
+raising an attempt and copying the accepted ids are one step. Rule numbers are those of docs/protocol.md.
 
 An execution is bound by the first word heard of it (rule 1). A *holder* is a live worker whose latest word claims the bound
 execution. When the last holder dies, lets go or forgets, the flight gets a new attempt that goes on behind the accepted ids.
@@ -127,6 +127,11 @@ class Ledger:
     def join(self, worker: Incarnation, role: Role) -> None:
         self._roles[worker] = role
 
+    def part(self, worker: Incarnation) -> None:
+        """Nobody speaks of it any more, and it has said nothing since it was lost, if ever."""
+        self._roles.pop(worker, None)
+        self._finals.pop(worker, None)
+
     def event(self, sender: Incarnation, event: Event, now: float) -> list[Action]:
         """One event of a worker. Events of older attempts, second executions and strangers are dropped and cancelled."""
         if isinstance(event, WorkerBeat):
@@ -141,14 +146,12 @@ class Ledger:
             return [] if isinstance(event, Resent) and event.unknown else [Tell(sender, Cancel(event.key))]
         match event:
             case Started():
-                if self._roles.get(sender) != "decode":
-                    flight.launched[sender] = True  # it is said as the launch begins; the next beat may come too late
+                flight.launched[sender] = True  # it is said as the launch begins; the next beat may come too late
                 flight.transferred(event.transfer_s)
                 flight.reused(event.reused_tokens)
                 return []
             case Tokens():
-                if self._roles.get(sender) == "prefill":
-                    flight.launched[sender] = False
+                flight.launched[sender] = self._roles.get(sender) != "prefill"
                 flight.spent(self._roles.get(sender), event, now)
                 if self._roles.get(sender) == "colocated":
                     flight.settled_at = flight.settled_at or now
@@ -168,10 +171,11 @@ class Ledger:
         self._finals.pop(worker, None)
         actions: list[Action] = []
         for flight in self._still_open():
-            launched = flight.launched.pop(worker, False)
+            launched = flight.launched.pop(worker, None)  # None: only `Handed` has told that it is there
             heard_at = flight.holders.get(worker)
             if flight.drop_holder(worker):
-                actions += self._again(flight, now, suspect=worker if launched else None, silent_since=heard_at)
+                suspect = None if launched is False else worker
+                actions += self._again(flight, now, suspect=suspect, heard=launched is not None, silent_since=heard_at)
             elif flight.execution is None and flight.pending is not None and flight.pending[0] == worker:
                 actions += self._again(flight, now, suspect=worker, heard=False)
         return actions

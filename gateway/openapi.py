@@ -83,7 +83,7 @@ ERRORS = {
     413: "The body is too large",
     429: "The limit of this key or of the fleet is reached: try again after Retry-After seconds",
     500: "The server failed on this request",
-    503: "A role has no live worker, or the gateway is full or shutting down",
+    503: "No live worker of a role, queue away, deadline passed, or the gateway is full or shutting down; usually with Retry-After",
 }
 
 
@@ -139,9 +139,9 @@ def _error(operation: Operation, status: int) -> Schema:
     if operation.name == "ready":
         return {"description": "Something is lacking", "content": {JSON: {"schema": ref("Ready")}}}
     reply: Schema = {"description": ERRORS[status], "content": {JSON: {"schema": ref("Error")}}}
-    header = {401: "WWW-Authenticate", 429: "Retry-After"}.get(status)
+    header = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}.get(status)
     if header is not None:
-        reply["headers"] = {header: {"required": True, "schema": {"type": "string" if status == 401 else "integer"}}}
+        reply["headers"] = {header: {"required": status != 503, "schema": {"type": "string" if status == 401 else "integer"}}}
     return reply
 
 

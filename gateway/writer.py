@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from redis.asyncio import Redis
 
+from common.connection import close_idle
 from common.errors import QueueError
 from common.fleet import Fleet
 from common.logs import get_logger
@@ -116,5 +117,5 @@ class QueueWriter:
         except QueueError:
             if self._fleet.away:
                 raise
-            await self._redis.connection_pool.disconnect(inuse_connections=False)
+            await close_idle(self._redis)
             return await queue.put(job, job_class)

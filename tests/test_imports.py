@@ -1,4 +1,4 @@
-"""Imports go one way: the table of the README, enforced."""
+"""Imports go one way, by the table below, and what is light or pure imports no torch."""
 
 from __future__ import annotations
 

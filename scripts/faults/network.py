@@ -1,6 +1,6 @@
 """Workers in network namespaces of their own, behind one bridge, so that one can be cut off and nobody hears it say goodbye.
 
-Needs root and iproute2; `Network.possible` says what is lacking. Everything is named after this process and taken down at the end.
+Needs root and iproute2; `Network.lacking` says what is lacking. Everything is named after this process and taken down at the end.
 """
 
 from __future__ import annotations

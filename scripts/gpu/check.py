@@ -2,7 +2,8 @@
 
 Kernels against float64; greedy ids of a small model (random, or --model) against transformers in float32; decode and prefill in the
 shape of Llama-3-8B with random bf16 weights, against products, reads and copies of the same run; pages between two processes over UCX.
-With `--only system`, 7 minutes more: whole systems on the GPU, disaggregated, colocated and chunked (scripts/gpu/system.py).
+Instead of these, `--only system`: whole systems on the GPU, disaggregated, colocated and chunked (scripts/gpu/system.py), 7 minutes;
+`--only sweep`: which tiles and ways of the kernels are the fastest (scripts/gpu/sweep.py).
 Each section is a process of its own: one that fails or hangs loses nothing of the others. Progress on stderr; the last line is one JSON
 object. Exit status: 0 all is well, 1 something is not (the JSON says what), 2 there is no GPU.
 """

@@ -1,8 +1,9 @@
 """Whole systems on one GPU, in the shape of Llama-3-8B with random weights: disaggregated, colocated and chunked beside each other.
 
 Time between tokens of running streams while 8k-token prompts arrive; the handoff of a 2,048-token prompt against a decode step; requests
-per second within strict and loose objectives. The disaggregated system is measured twice: its two workers taking turns on the card, and
-with its prefill bounded to a share of the multiprocessors (MPS), where that runs. Every result is given out as it comes.
+per second within strict and loose objectives. The disaggregated system is measured up to three times: its two workers taking turns
+on the card, and with its prefill bounded to 50 and to 30 % of the multiprocessors (MPS), where that runs. Every result is given out as it
+comes.
 
 Beside `./scripts/gpu_check --only system` it can be called by itself, also without a GPU: `python -m scripts.gpu.system --tiny`.
 """

@@ -117,7 +117,8 @@ def read(path: Path) -> GoodputRun:
 
 
 def compared(costs: Costs, found: GoodputRun, share: float) -> tuple[list[Compared], list[str]]:
-    """Each system that the simulator knows, and what is left out, in words. Raises AgainstError if that is everything."""
+    """Each system that the simulator knows, and what is left out, in words. Raises AgainstError if that is everything,
+    or if a system has no valid trial."""
     aims = found.objectives
     objectives = Objectives(aims.ttft[0][1] * aims.scales[0], aims.tpot_s * aims.scales[1])
     results, left = [], []
@@ -152,7 +153,7 @@ def placement(target: Measured) -> Placement | None:
 
 
 def pooled(costs: Costs, target: Measured) -> Costs:
-    """With pools of the size that its workers had."""
+    """With pools of the size that its workers had; not where prefills and decodes shared devices: how they did is not recorded."""
     pages = target.flags.get("pages")
     if pages is None:
         return costs

@@ -61,7 +61,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="instead: what ./scripts/goodput --slo … --out FILE measured, beside what the simulator says of the same requests",
     )
-    parser.add_argument("--out", type=Path, default=Path("plan"), metavar="STEM", help="writes STEM.json, STEM.png and STEM.yml [plan]")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("plan"),
+        metavar="STEM",
+        help="writes STEM.json, STEM.yml and, without --no-curve, STEM.png; --against: STEM.png only; --paper: nothing [plan]",
+    )
     chosen = parser.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         yardstick = fixed(chosen.slo)

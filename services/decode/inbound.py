@@ -20,7 +20,8 @@ from services.transfer.protocol import Arrived, Posted
 from services.worker.jobs import sequence_of, unfit
 
 LAND_S = 10.0
-"""An abandoned grant that has not landed by then never will on this link: a page is stuck in it. The link is closed."""
+"""An abandoned grant that has not landed this long after nothing was in front of it any more never will on this link: a page is stuck in
+it. The link is closed. As long as pages of earlier grants come, prefill's transfer watches over the link."""
 
 # ------------------------------------------------------------------------------------------------------------- actions
 
@@ -123,8 +124,10 @@ class Arrival:
     word: Pushed | None = None
     word_at: float = 0.0
     arrived: Arrived | None = None
-    abandoned_at: float | None = None
-    """The first tick that saw it abandoned."""
+    behind: int = 0
+    """Once abandoned: pages of grants up to this one may come before what lands it, for a link is first in, first out."""
+    foremost_at: float | None = None
+    """The first tick that saw it abandoned and nothing in front of it."""
 
 
 class Inbound:
@@ -259,19 +262,29 @@ class Inbound:
         """Offers whose deadline has passed, and links on which a page is stuck."""
         actions: list[Action] = []
         stuck = set()
+        first = self._first_coming()
         for handoff, arrival in list(self._arrivals.items()):
             if now > arrival.deadline and arrival.stage in (Stage.LINED_UP, Stage.GRANTED):
                 actions += [*self._abandon(handoff, arrival), Send(handoff[0], Refused(handoff[1], "the deadline has passed"))]
             if arrival.stage is Stage.ABANDONED:
-                arrival.abandoned_at = now if arrival.abandoned_at is None else arrival.abandoned_at
-                if now - arrival.abandoned_at > LAND_S:
-                    arrival.abandoned_at = now
+                if arrival.foremost_at is None or first.get(handoff[0], arrival.behind + 1) <= arrival.behind:
+                    arrival.foremost_at = now
+                if now - arrival.foremost_at > LAND_S:
+                    arrival.foremost_at = now
                     stuck.add(handoff[0])
         for peer in sorted(stuck):
             actions += self._close(peer)
         return actions
 
     # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _first_coming(self) -> dict[Incarnation, int]:
+        """By prefill, the first grant of which pages are still to come."""
+        first: dict[Incarnation, int] = {}
+        for (peer, _), arrival in self._arrivals.items():
+            if arrival.stage is Stage.GRANTED and arrival.arrived is None:
+                first[peer] = min(arrival.grant, first.get(peer, arrival.grant))
+        return first
 
     def _refusal(self, offer: Offer) -> str | None:
         if self.draining:
@@ -313,7 +326,7 @@ class Inbound:
                 del self._arrivals[handoff]
                 return [Lapse(handoff)]
             case Stage.GRANTED:
-                arrival.stage = Stage.ABANDONED
+                arrival.stage, arrival.behind = Stage.ABANDONED, self._last_grant
                 return [Lapse(handoff), Abandon(arrival.grant, told=arrival.granted is not None)]
         return []
 

@@ -149,6 +149,8 @@ class DecodeWorker(Worker[Action]):
             return f"fleet {beat.fleet} and fingerprint {beat.fingerprint}, this decode has {self.identity.fingerprint}"
         if beat.layout != self.room.layout:
             return f"pages of {beat.layout}, this decode has {self.room.layout}"
+        if beat.checksums != self.settings.checksums:
+            return f"checksums {'on' if beat.checksums else 'off'}, this decode has them {'on' if self.settings.checksums else 'off'}"
         if not covers(beat.layout, beat.shards):
             return f"ranks that do not hold each head of each layer once: {beat.shards}"
         return None

@@ -51,7 +51,7 @@ def load(path: str | Path, device: str, dtype: str, page_tokens: int) -> LoadedM
     kind = _dtype(config, dtype)
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=kind, attn_implementation=ATTENTION, trust_remote_code=False, output_loading_info=True
+            path, dtype=kind, attn_implementation=ATTENTION, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
         module.eval().requires_grad_(False).to(device)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:

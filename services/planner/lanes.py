@@ -23,8 +23,8 @@ DRAW = Draw(0)
 class Lane:
     """One scheduler with its pool. A pipeline of pp stages has pp lanes, each with its part of the pages.
 
-    One scheduler puts every running sequence into each launch, so that a second launch would have to wait for the first to end whatever
-    its `depth`: micro-batches need a scheduler each.
+    The workers differ: they have one scheduler with `stages` and one pool, and a launch takes a share of the running sequences. The
+    simulator models a pipeline as one scheduler for each micro-batch, which puts all of its running sequences into each launch.
     """
 
     def __init__(self, worker: Worker, pool: PagePool, policy: PolicyName, limits: Limits) -> None:

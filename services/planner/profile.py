@@ -11,8 +11,8 @@
 ```
 Each point is one launch of the engine in seconds, from launch to collected: the median of several. `prefill`: whole prompts, `tokens`
 their lengths. `decode`: `batch` sequences of `context` tokens of KV *each*. `tp` (1 if left out) is the tensor-parallel degree of a point.
-Points should spread over what will be served: three prompt lengths, and two batch sizes at two contexts, are the least; with eight decode
-points or more a knee between small and large batches can be found.
+Points should spread over what will be served: three different points of each phase are the least; with eight decode points or more a
+knee between small and large batches can be found.
 """
 
 from __future__ import annotations

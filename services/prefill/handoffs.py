@@ -38,8 +38,6 @@ OFFER_S = 5.0
 """An offer that stands in line longer is withdrawn and made elsewhere (if there is an elsewhere)."""
 ANSWER_S = 5.0
 """A live decode that has not judged pushed pages by then is given up."""
-SEND_S = 5.0
-"""Pages that have not all left this long after the last was given away are stuck: their link is condemned."""
 FAILURES = 5
 """So many times pages of one execution are rejected, not sent or not judged: then it is given up, for another prefill may do better."""
 
@@ -59,7 +57,7 @@ class Handoff:
     pushed: int = 0
     """Pages given to `Push`, from the first on."""
     finished: bool = False
-    finished_at: float = 0.0
+    """All pages are given to `Push`. `Sent` or `PushFailed` follows: how long a busy link may take, only the transfer can judge."""
     word: Pushed | None = None
     """Said once all pages have left; repeated until judged."""
     word_at: float = 0.0
@@ -160,7 +158,7 @@ class Handoffs:
 
     def push_failed(self, event: PushFailed, now: float) -> list[Action]:
         """One failed page condemns the link: everything on it starts again on a new one, here or elsewhere. It counts against the execution
-        whose page it was."""
+        whose page it was: what else waited on the link says the same, but has left it by then."""
         going = self._by_number.get(event.handoff)
         handoff = going.handoff if going is not None else self._withdrawing.get(event.handoff)
         if handoff is None:
@@ -224,8 +222,6 @@ class Handoffs:
         handoff = going.handoff
         if handoff is None:
             return self._offer(going, now, anywhere=True)
-        if handoff.finished and handoff.word is None and now - handoff.finished_at > SEND_S:
-            return self._condemn(handoff.peer, now, going, "its pages did not leave")
         if handoff.granted is None and now - handoff.offered_at > OFFER_S and len(self._decodes) > 1:
             return self._elsewhere(going, now)
         if handoff.word is not None and now - handoff.word_at > ANSWER_S:
@@ -282,7 +278,7 @@ class Handoffs:
             pages = tuple(going.pages[i] for i in indices)
             actions += [Push(handoff.peer, rank, handoff.number, granted.grant, pages, indices) for rank in granted.ranks]
         if going.first is not None:
-            handoff.finished, handoff.finished_at = True, now
+            handoff.finished = True
             actions.append(FinishPush(handoff.number, granted.grant))
         return actions
 

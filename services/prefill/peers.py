@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from common.beats import Liveness
 from common.control import ControlClient
 from common.faults import NONE, MessageFault
@@ -27,6 +29,7 @@ class Peers:
         fingerprint: str,
         layout: Layout,
         shards: list[Shard],
+        checksums: bool,
         pursued: Callable[[Incarnation], list[int]],
         on_letter: Callable[[Letter], None],
         on_found: Callable[[], None],
@@ -37,10 +40,14 @@ class Peers:
         self._on_letter = on_letter
         self._on_found = on_found
         self._liveness = Liveness()
-        self._words = PeerBeat(0, 0, fleet, fingerprint, layout, shards)
+        self._words = PeerBeat(0, 0, fleet, fingerprint, layout, shards, checksums=checksums)
         self._pursued = pursued
         self._links: dict[Incarnation, int] = {}
+        self._closed = 0
+        """Links closed so far: the number of the next one, so that a decode that comes back sees that its link is another."""
         self._beats: dict[Incarnation, WorkerBeat] = {}
+        self._members: set[Incarnation] = set()
+        """Whom Redis names at present."""
         self._sequence = 0
 
     @property
@@ -58,10 +65,9 @@ class Peers:
             if member.role == "decode" and name not in self._client.peers:
                 self._client.connect(name, member.control_address)
                 self.beat(name)
-        for name in set(self._client.peers) - set(members):
-            if name not in self._liveness.alive:
-                self._client.disconnect(name)
-                self._links.pop(name, None)
+        self._members = set(members)
+        for name in self._client.peers - self._members:
+            self._part(name)
 
     def _receive(self, letter: Letter) -> None:
         """Beats are handled here, everything else goes to `on_letter`."""
@@ -80,15 +86,8 @@ class Peers:
     def beat(self, *only: Incarnation) -> None:
         self._sequence += 1
         for peer in only or tuple(self._client.peers):
-            words = PeerBeat(
-                self._sequence,
-                self._links.setdefault(peer, 0),
-                self._words.fleet,
-                self._words.fingerprint,
-                self._words.layout,
-                self._words.shards,
-                self._pursued(peer),
-            )
+            link = self._links.setdefault(peer, self._closed)
+            words = replace(self._words, sequence=self._sequence, link=link, handoffs=self._pursued(peer))
             self._client.send(peer, words)
 
     def send(self, peer: Incarnation, body: Offer | Pushed | Withdraw) -> None:
@@ -96,7 +95,7 @@ class Peers:
 
     def reset_link(self, peer: Incarnation) -> None:
         """Our side of the transfer link is closed; the decode hears of it before it hears anything else."""
-        self._links[peer] = self._links.get(peer, 0) + 1
+        self._forget_link(peer)
         if peer in self._client.peers:
             self.beat(peer)
 
@@ -107,8 +106,20 @@ class Peers:
             log.warning("decode lost", decode=peer, reason=reason)
             self._liveness.forget(peer)
             self._beats.pop(peer, None)
+            if peer not in self._members:
+                self._part(peer)
             dead.append(peer)
         return dead
+
+    def _part(self, peer: Incarnation) -> None:
+        """Redis does not name it any more: if it is silent too, nobody is there."""
+        if peer not in self._liveness.alive:
+            self._client.disconnect(peer)
+            self._forget_link(peer)
+
+    def _forget_link(self, peer: Incarnation) -> None:
+        self._closed += 1
+        self._links.pop(peer, None)
 
     def close(self) -> None:
         self._client.close()

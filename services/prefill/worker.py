@@ -66,6 +66,7 @@ class PrefillWorker(Worker[Action]):
             identity.fingerprint,
             room.layout,
             list(room.shards),
+            settings.checksums,
             self._core.handoffs.pursued,
             self._answer,
             self._found,

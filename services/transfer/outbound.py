@@ -8,7 +8,15 @@ from common.messages import Incarnation
 from services.transfer.protocol import PushFailed, Sent, TransferEvent
 
 PUSH_S = 5.0
-"""A push of which nothing has moved for this long has failed: every wait has a deadline."""
+"""A push has failed when nothing has moved for this long on a way that it was given to: every wait has a deadline."""
+
+
+@dataclass(eq=False)
+class Way:
+    """To one address of a peer, first in, first out: what is behind waits for what is in front, however much that is."""
+
+    since: float | None = None
+    """When something last moved on it, or began to wait there; None: nothing waits."""
 
 
 @dataclass(eq=False)
@@ -20,13 +28,23 @@ class Push:
     grant: int
     moved_at: float
     under_way: int = 0
+    ways: set[Way] = field(default_factory=set)
+    """What it was given to. A carrier without any (the twin) is judged by what moves of the push itself."""
     sums: dict[tuple[int, int], int] = field(default_factory=dict)
     """By receiving rank and index."""
     held: set[tuple[int, int]] = field(default_factory=set)
-    """Receiving ranks and indices that an injected fault keeps back; they count as under way."""
+    """Receiving ranks and indices that an injected fault keeps back; they count as under way, but are on no way."""
     finished: bool = False
     over: bool = False
     """Sent, failed or withdrawn: nothing more is said about it."""
+
+    @property
+    def since(self) -> float | None:
+        """When that for which it waits last moved: each way that carries something, and itself with pages that are on none."""
+        waits = [way.since for way in self.ways if way.since is not None]
+        if self.held or (self.under_way and not waits):
+            waits.append(self.moved_at)
+        return min(waits, default=None)
 
 
 class Outbound:
@@ -89,10 +107,10 @@ class Outbound:
         return events
 
     def late(self, now: float) -> list[TransferEvent]:
-        """Pushes of which nothing has moved for `push_s` fail."""
+        """Pushes that have waited for `push_s` while nothing moved fail."""
         events: list[TransferEvent] = []
         for push in list(self._pushes.values()):
-            if push.under_way and now - push.moved_at > self._push_s:
+            if push.since is not None and now - push.since > self._push_s:
                 events += self.fail(push, f"nothing has moved for {self._push_s:g} s")
         return events
 

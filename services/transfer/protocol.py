@@ -39,7 +39,7 @@ class Sent(Struct, frozen=True, tag=True):
 
 
 class PushFailed(Struct, frozen=True, tag=True):
-    """The pages of this handoff could not be sent: the peer is gone or an injected fault says so."""
+    """The pages of this handoff could not be sent: the peer is gone, the way there is stuck, or an injected fault says so."""
 
     handoff: int
     grant: int
@@ -108,10 +108,12 @@ class Transfer(Protocol):
         compute; pages must stay unchanged until the handoff is over."""
 
     def finish_push(self, handoff: int, grant: int) -> None:
-        """No more pages for this grant: `Sent` follows when all have left, or `PushFailed`."""
+        """No more pages for this grant: `Sent` follows when all have left, which takes as long as what is in front of them, or
+        `PushFailed`, within PUSH_S (services/transfer/outbound.py) of the last thing that moved on their way. Nobody else has to watch
+        over it."""
 
     def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
-        """Withdraw: complete the receives of pages that were never pushed with empty messages. No event follows."""
+        """Withdraw: complete the receives of pages that were never pushed with one-byte messages. No event follows."""
 
     # -- both
 

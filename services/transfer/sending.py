@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from common.logs import get_logger
 from common.messages import GrantedRank, Incarnation, Shard
 from services.transfer import environment
 from services.transfer.faults import Fault
-from services.transfer.outbound import Outbound, Push
+from services.transfer.outbound import Outbound, Push, Way
 from services.transfer.places import Places
 from services.transfer.protocol import TransferEvent, tag
 from services.transfer.report import carriers, endpoint_report, way
@@ -64,9 +64,23 @@ class _Channel:
     endpoint: ucx.UCXEndpoint
     waiting: deque[_Message] = field(default_factory=deque)
     sent: deque[_Sent] = field(default_factory=deque)
+    way: Way = field(default_factory=Way)
     pushes: set[Push] = field(default_factory=set)
     broken: str = ""
     closing: Any = None
+
+    def wait(self, messages: Iterable[_Message]) -> None:
+        """Behind what waits already."""
+        self.waiting.extend(messages)
+        if self.way.since is None:
+            self.way.since = time.monotonic()
+
+    def settle(self, moved: bool) -> None:
+        """Something has left, or nothing waits any more."""
+        if not self.waiting and not self.sent:
+            self.way.since = None
+        elif moved:
+            self.way.since = time.monotonic()
 
     @property
     def open(self) -> bool:
@@ -110,9 +124,12 @@ class Sender:
             self._emit(self._book.fail(push, "no way to the peer"))
             return
         channel.pushes.add(push)
+        push.ways.add(channel.way)
         push.under_way += len(pages)
-        for page, index in zip(pages, indices, strict=True):
-            channel.waiting.append(_Message(push, page, index, tag(grant, index, self._places.rank), to.shard.rank, part))
+        channel.wait(
+            _Message(push, page, index, tag(grant, index, self._places.rank), to.shard.rank, part)
+            for page, index in zip(pages, indices, strict=True)
+        )
 
     def finish(self, handoff: int, grant: int) -> None:
         self._emit(self._book.finish(handoff, grant, time.monotonic()))
@@ -124,8 +141,10 @@ class Sender:
         if channel is None:
             return
         unsent = {waits.index for waits in channel.waiting if waits.push and (waits.push.handoff, waits.push.grant) == (handoff, grant)}
-        for index in sorted({*indices, *held, *unsent}):
-            channel.waiting.append(_Message(None, -1, index, tag(grant, index, self._places.rank), to.shard.rank, None))
+        channel.wait(
+            _Message(None, -1, index, tag(grant, index, self._places.rank), to.shard.rank, None)
+            for index in sorted({*indices, *held, *unsent})
+        )
 
     def close_peer(self, peer: Incarnation) -> None:
         for key in [key for key in self._channels if key[0] == peer]:
@@ -170,7 +189,8 @@ class Sender:
         return moved
 
     def look(self) -> None:
-        """Before a sleep: endpoints that have died, pushes that do not move, closed channels whose last requests have ended."""
+        """Before a sleep, or now and then: endpoints that have died, pushes that wait for what does not move, closed channels whose last
+        requests have ended."""
         for key, channels in list(self._channels.items()):
             for address, channel in list(channels.items()):
                 channel.pushes = {push for push in channel.pushes if not push.over}
@@ -241,6 +261,7 @@ class Sender:
                 self._emit(self._book.left(sent.push, time.monotonic()))
                 if sent.push.over:
                     channel.pushes.discard(sent.push)
+        channel.settle(moved)
         return moved
 
     # ------------------------------------------------------------------------------------------------------- channels

@@ -39,6 +39,8 @@ log = get_logger(__name__)
 SPIN_S = 0.0002
 """The thread looks again without sleeping until nothing has moved for this long: longer than one page takes."""
 IDLE_WAIT_S = 1.0
+LOOK_S = 0.2
+"""A thread that does not come to sleep looks after the deadlines this often: one way may be stuck while others are never quiet."""
 BUSY_WAIT_S = 0.02
 """The longest sleep while something is on its way: a wake-up that does not come shows by what has moved meanwhile."""
 DEAF_WAIT_S = 0.001
@@ -83,7 +85,7 @@ class UcxTransfer:
         self._receivers: dict[Incarnation, Receiver] = {}
         self._closing: list[_Closing] = []
         self._sender = Sender(self._new_worker(), self._places, self._outbound, self._emit, checksums=checksums, fault=fault)
-        self._moved_at = 0.0
+        self._moved_at = self._looked_at = 0.0
         self._asleep = False
         self._overslept = False
         """Whether the last sleep ended by its own time."""
@@ -125,11 +127,13 @@ class UcxTransfer:
         self._command(self._close_peer, peer)
 
     def close(self) -> None:
-        """Waits for the thread, at most twice CLOSE_S."""
+        """Waits for the thread, at most twice CLOSE_S. Raises TransferError if it has not ended by then: it may still write pages."""
         self._stopping = True
         if self._thread.is_alive():
             os.eventfd_write(self._wake_fd, 1)
             self._thread.join(2 * CLOSE_S)
+        if self._thread.is_alive():
+            raise TransferError("the transfer's thread has not ended")
 
     def _command(self, command: Callable[..., None], *arguments: object) -> None:
         """Raises TransferError once the thread has died of an error: the worker must not live on without it."""
@@ -174,9 +178,15 @@ class UcxTransfer:
         self._overslept = False
         if not moved and now - self._moved_at > SPIN_S:
             self._sleep(now)
+        elif now - self._looked_at > LOOK_S:
+            self._look(now)
+
+    def _look(self, now: float) -> None:
+        self._looked_at = now
+        self._sender.look()
 
     def _sleep(self, now: float) -> None:
-        self._sender.look()
+        self._look(now)
         self._asleep = True
         try:
             workers = [self._sender.worker, *(receiver.worker for receiver in self._receivers.values())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from common.errors import QueueError
@@ -14,7 +15,7 @@ from common.queue import Claimed, Delivered, JobQueue
 log = get_logger(__name__)
 
 BLOCK_S = 1.0
-"""A blocking read ends after this long at the latest, so that a change of mind is noticed."""
+"""A blocking read, and a wait for room, end after this long at the latest, so that a change of mind is noticed."""
 SWEEP_S = 10.0
 """Between two looks for entries whose gateway is dead."""
 ORPHAN_S = 30.0
@@ -49,7 +50,9 @@ class Claims:
         while True:
             self._awake.clear()
             if self._room() <= 0:
-                await self._awake.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(BLOCK_S):
+                        await self._awake.wait()
                 continue
             try:
                 claimed = await self._batch() or await self._queue.wait(self._consumer, BLOCK_S)
@@ -90,5 +93,6 @@ class Claims:
                     log.warning("entries of dead gateways removed", entries=len(orphans))
                     await self._queue.remove(*orphans)
                 await self._queue.forget_idle(FORGOTTEN_S)
+                await self._queue.keep()
             except QueueError as error:
                 log.warning("cannot sweep the queue", error=error)

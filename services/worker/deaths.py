@@ -16,8 +16,9 @@ POISON = "poison"
 
 
 class Death:
-    """ "transfer:3" dies when the third request enters its transfer here, "poison:7" of a launch of any prompt that begins with token 7; ""
-    never. Raises SettingError."""
+    """ "transfer:3" dies at the third handoff here, "prefill:3" at a prefill's third computed chunk, "decode:3" at a decode's third drawn
+    token, "prefill_queue:3" and "decode_queue:3" at the third request, "poison:7" of a launch of any prompt that begins with token 7; ""
+    never. A colocated worker dies of poison only. Raises SettingError."""
 
     def __init__(self, text: str) -> None:
         stage, _, nth = text.partition(":")
@@ -31,7 +32,7 @@ class Death:
         return Poisoned(runner, self._left) if self._stage == POISON else runner
 
     def strike(self, stage: Stage) -> None:
-        """A request has come to this stage."""
+        """A request, a chunk of one or a token of one has come to this stage."""
         if stage != self._stage or not self._left:
             return
         self._left -= 1

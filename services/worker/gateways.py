@@ -21,7 +21,8 @@ log = get_logger(__name__)
 
 
 class Gateways:
-    """Outbox, token sockets and liveness of gateways in one place. Callbacks: an execution is cancelled, or over and acknowledged."""
+    """Outbox, token sockets and liveness of gateways in one place. Callbacks: an execution is cancelled, or over and acknowledged; a
+    gateway has said which executions it knows."""
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class Gateways:
         *,
         on_cancel: Callable[[Key], None],
         on_over: Callable[[Key], None],
+        on_seen: Callable[[], None],
         seal: Seal | None = None,
         fault: MessageFault = NONE,
     ) -> None:
@@ -45,6 +47,7 @@ class Gateways:
         """Prompt tokens that wait at each gateway, by class."""
         self._on_cancel = on_cancel
         self._on_over = on_over
+        self._on_seen = on_seen
 
     @property
     def alive(self) -> set[Incarnation]:
@@ -114,3 +117,4 @@ class Gateways:
         self._waiting[gateway] = beat.waiting_tokens
         for key in self.outbox.seen(beat.seen):
             self._on_over(key)
+        self._on_seen()

@@ -3,7 +3,7 @@
 A pool on a CPU costs memory only once its pages are written, so that a new worker sees as free what its neighbours will need. Each
 worker therefore leaves a note with the size of its pool, in a file that it holds locked while it lives (the kernel unlocks it, however
 the worker ends), and takes the notes of living neighbours off what it finds free. On CUDA the pool is real at once: taking turns is
-enough. Containers without a common /dev/shm do not see each other's notes; they have limits of their own.
+enough, and there is nothing to note. Containers without a common /dev/shm do not see each other's notes; they have limits of their own.
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def _check_own(folder: Path) -> None:
         raise StartError(f"{folder} is not a folder of this user alone: somebody else may have made it; remove it")
 
 
-def leave(folder: Path, pool_bytes: int) -> IO[str]:
-    """The note of this process: keep the file open as long as the pool is there."""
+def leave(folder: Path, pool_bytes: int) -> IO[str] | None:
+    """The note of this process: keep the file open as long as the pool is there. None: a pool that takes nothing later needs no note."""
+    if not pool_bytes:
+        return None
     file = tempfile.NamedTemporaryFile("w+", dir=folder, prefix="pool-", delete=False)  # noqa: SIM115
     fcntl.flock(file, fcntl.LOCK_EX)
     file.write(f"{os.getpid()} {pool_bytes} {_resident_bytes(os.getpid())}")
@@ -70,7 +72,7 @@ def leave(folder: Path, pool_bytes: int) -> IO[str]:
 
 
 def untouched_bytes(folder: Path) -> int:
-    """What living workers' pools may still take, by their notes; notes of dead ones are removed."""
+    """What living workers' pools may still take, by their notes; notes of dead ones are removed, so ask at each start."""
     total = 0
     for path in folder.glob(PATTERN):
         try:

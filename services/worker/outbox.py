@@ -25,6 +25,8 @@ class Record:
     tokens: list[Token] = field(default_factory=list)
     ending: Ending | None = None
     launched: bool = False
+    known: bool = False
+    """Its gateway has said that it knows of this execution here."""
 
 
 class Outbox:
@@ -43,6 +45,11 @@ class Outbox:
     def gateway(self, key: Key) -> Incarnation | None:
         record = self._records.get(key)
         return None if record is None else record.gateway
+
+    def known(self, key: Key) -> bool:
+        """Whether its gateway has ever named it among those that it has seen: it will hear what is said of it next."""
+        record = self._records.get(key)
+        return record is not None and record.known
 
     def meant_by(self, wanted: Key) -> list[Key]:
         """Executions here that a cancel of this key means."""
@@ -113,6 +120,7 @@ class Outbox:
             record = self._records.get(key)
             if record is None:
                 continue
+            record.known = True
             if final and record.ending is not None:
                 del self._records[key]
                 over.append(key)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -14,7 +16,7 @@ from typing import assert_never
 import torch
 
 from common import logs
-from common.errors import BatonError, MessageError, StartError
+from common.errors import BatonError, MessageError, StartError, TransferError
 from common.logs import get_logger
 from common.messages import Layout
 from common.service import leave
@@ -48,6 +50,8 @@ def serve(launches_fd: int, words_fd: int) -> int:
     except (BatonError, RuntimeError, ValueError) as error:
         log.error("this rank cannot go on", reason=f"{type(error).__name__}: {error}")
         return 1
+    finally:
+        words.forget()
 
 
 def _serve(launches: Wire, words: Words) -> int:
@@ -60,6 +64,7 @@ def _serve(launches: Wire, words: Words) -> int:
         _, loaded = part(Path(assignment.model), assignment.device, assignment.dtype, assignment.page_tokens, mesh)
         launches.send(Report(Loaded(free_bytes(loaded.device))))
         take = _ordered(launches, Take)
+        words.store = Path(take.store)
         pool = Pool(loaded.layout, take.pages, loaded.device)
         note = memory.leave(memory.notes(), take.pages * loaded.layout.page_bytes if loaded.device.type == "cpu" else 0)
         words.transfer = UcxTransfer(pool.bytes, loaded.shard, words.say, checksums=assignment.checksums, fault=parse(assignment.fault))
@@ -69,7 +74,7 @@ def _serve(launches: Wire, words: Words) -> int:
         return 1
     stage = stage_of(loaded, pool, mesh)
     launches.send(Report(Ready()))
-    with torch.inference_mode(), note:
+    with torch.inference_mode(), note or contextlib.nullcontext():
         while True:
             stage.run(orders.unpacked(_ordered(launches, orders.Launch)))
 
@@ -105,6 +110,8 @@ class Words:
     def __init__(self, wire: Wire) -> None:
         self._wire = wire
         self.transfer: UcxTransfer | None = None
+        self.store: Path | None = None
+        """Where the ranks meet, once rank 0 has said it."""
 
     def live(self) -> None:
         status = 0
@@ -113,12 +120,20 @@ class Words:
                 self._obey(self._wire.receive(Told).command)
         except (EOFError, OSError):
             if self.transfer is not None:
-                self.transfer.close()
+                with contextlib.suppress(TransferError):  # its thread ends with the process
+                    self.transfer.close()
         except Exception as error:
             log.exception("this rank's transfer cannot go on", error)
             status = 1
+        self.forget()
         sys.stderr.flush()
         leave(status)
+
+    def forget(self) -> None:
+        """Remove the store's folder: rank 0, which made it, may have been killed. From either thread, and again: the ranks end together,
+        and whichever ends last has removed it."""
+        if self.store is not None:
+            shutil.rmtree(self.store.parent, ignore_errors=True)
 
     def _obey(self, command: Command) -> None:
         transfer = self.transfer

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -56,7 +57,7 @@ class Ranks:
     def __init__(self, settings: WorkerSettings, grid: Grid, model: Path, cores: list[list[int]], name: str) -> None:
         """Start them. `cores`: of each rank, rank 0's included."""
         self.grid = grid
-        self._folder = tempfile.TemporaryDirectory(prefix="baton-ranks-") if grid.ranks > 1 else None
+        self._folder: Path | None = None
         self._ranks: list[_Rank] = []
         self._closing = False
         for number in range(1, grid.ranks):
@@ -87,8 +88,8 @@ class Ranks:
     @property
     def store(self) -> Path:
         """The file at which the ranks meet."""
-        assert self._folder is not None, "one rank meets nobody"
-        return Path(self._folder.name) / "mesh"
+        assert self._folder is not None, "the ranks have not been told to meet"
+        return self._folder / "mesh"
 
     # ----------------------------------------------------------------------------------------------------------- start
 
@@ -97,7 +98,12 @@ class Ranks:
         return [self._answer(rank, Loaded).free_bytes for rank in self._ranks]
 
     def take(self, pages: int) -> None:
-        """Have them make their pools and meet; rank 0 must meet them now, then wait for `ready`."""
+        """Have them make their pools and meet; rank 0 must meet them now, then wait for `ready`.
+
+        Only now is there a folder to meet in: from here on each of them removes it at its end, should this process be killed.
+        """
+        if self.grid.ranks > 1:
+            self._folder = Path(tempfile.mkdtemp(prefix="baton-ranks-"))
         for rank in self._ranks:
             rank.launches.send(Order(Take(pages, str(self.store))))
 
@@ -189,11 +195,7 @@ class Ranks:
             with contextlib.suppress(OSError):
                 rank.words.shutdown(socket.SHUT_RDWR)
         for rank in self._ranks:
-            try:
-                rank.process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                rank.process.kill()
-                rank.process.wait()
+            _reap(rank)
             rank.launches.close()
             if rank.writer is not None:
                 rank.writer.close()
@@ -207,12 +209,25 @@ class Ranks:
         self.close()
 
     def _forget(self) -> None:
+        """The others have, unless they were killed."""
         if self._folder is not None:
-            self._folder.cleanup()
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _kill(self) -> None:
         for rank in self._ranks:
             rank.process.kill()
+
+
+def _reap(rank: _Rank) -> None:
+    """Wait for its end, and kill it if that takes too long. One that survives even that, inside a driver, is left: nobody can do more."""
+    try:
+        rank.process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        rank.process.kill()
+        try:
+            rank.process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            log.error("a rank has been killed and does not end: going on without it", rank=rank.number, pid=rank.process.pid)
 
 
 def _start(number: int) -> _Rank:

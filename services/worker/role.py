@@ -3,8 +3,8 @@
     python -m services.worker.role                  the fleet's workers
     python -m services.worker.role 3f9a decode      the worker whose name begins so serves decode from now on
 
-Ends with 0 when a worker has joined in that role and the old one has left, with 1 and a line if not, with 2 for bad words. The settings
-`redis_url` and `fleet` hold as for every process.
+Ends with 0 when a worker has joined in that role and the old one has left, with 1 and a line if not, with 2 for bad words. The settings of
+Redis and `fleet` hold as for every process.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from common.errors import BatonError, SettingError
 from common.fleet import Fleet
 from common.messages import WORKER_ROLES, Incarnation, Introduction, Role
 from common.queue import connect
+from common.resolve import resolved
 from common.settings import CommonSettings, load
 
 CHANGE_S = 60.0
@@ -34,7 +35,7 @@ class RoleError(BatonError):
 def main(argv: list[str], environ: dict[str, str]) -> int:
     named = list(takewhile(lambda word: not word.startswith("-"), argv))
     try:
-        settings = load(CommonSettings, argv[len(named) :], environ)
+        settings = resolved(load(CommonSettings, argv[len(named) :], environ))
         if named and (len(named) != 2 or named[1] not in WORKER_ROLES):
             raise SettingError(f"give a worker's name and its new role: {', '.join(WORKER_ROLES)}")
         asyncio.run(_main(settings, named))
@@ -45,7 +46,7 @@ def main(argv: list[str], environ: dict[str, str]) -> int:
 
 
 async def _main(settings: CommonSettings, named: list[str]) -> None:
-    async with connect(settings.redis_url) as redis:
+    async with connect(settings.redis_url, settings.redis_ca_file) as redis:
         fleet = Fleet(redis, settings.fleet)
         workers = _workers(await fleet.peers())
         if not named:

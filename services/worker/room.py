@@ -70,7 +70,8 @@ class Memory:
     reserve_bytes: int
     """Never given to a pool."""
     pool_bytes: int
-    note: IO[str]
+    note: IO[str] | None
+    """None where there is nothing to know: the pool takes nothing later."""
 
 
 def pin(settings: WorkerSettings) -> list[list[int]]:
@@ -184,7 +185,8 @@ def allocate(facts: Facts, settings: WorkerSettings, needed: int, ranks: Ranks) 
     others = ranks.loaded()
     with turn(folder):
         free = free_bytes(device)
-        promised = untouched_bytes(folder) if device.type == "cpu" else 0
+        untouched = untouched_bytes(folder)
+        promised = untouched if device.type == "cpu" else 0
         if settings.pages:
             pages = settings.pages
         elif device.type == "cpu":

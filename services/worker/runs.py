@@ -5,6 +5,7 @@ It turns the engine's outcomes into words for the gateways (through the outbox) 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -77,6 +78,8 @@ class Runs:
         self._parks = parks
         self._short_tokens = short_tokens
         self._runs: dict[Key, Run] = {}
+        self._withheld: dict[Key, Sequence] = {}
+        """Suspects that wait until their gateway knows of them here: only then a death in their launch is known for one (rule 11)."""
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -87,16 +90,20 @@ class Runs:
     @property
     def unbegun_tokens(self) -> int:
         """Tokens of claimed jobs that no launch has contained yet."""
-        return sum(len(r.job.prompt) + leader(r.job).index for r in self._runs.values() if not r.began)
+        return sum(len(run.job.prompt) + leader(run.job).index for run in self._coming())
 
     @property
     def unbegun(self) -> int:
-        return sum(not run.began for run in self._runs.values())
+        return sum(1 for _ in self._coming())
+
+    def _coming(self) -> Iterator[Run]:
+        """Those that some launch will contain. One that is over here already, expired as it was claimed, only waits to be acknowledged."""
+        return (run for run in self._runs.values() if not run.began and (run.in_engine or run.key in self._withheld))
 
     # ---------------------------------------------------------------------------------------------------- coming in
 
     def claimed(self, entry: Entry, job: Job, now: float) -> list[Action]:
-        """A job from the queue: into the engine, unless it cannot be run at all."""
+        """A job from the queue: into the engine, unless it cannot be run at all. A suspect waits for `acknowledged` first."""
         key = claim_key(job)
         left = job.max_tokens - leader(job).index
         parks = self._parks and not stays(left, len(job.choices), self._short_tokens)
@@ -107,8 +114,19 @@ class Runs:
         reason = unfit(job, self._max_request_tokens)
         if reason is not None:
             return self.lose(key, "refused", reason)
+        sequence = sequence_of(job, key, parks=parks, now=now)
+        if sequence.suspect:
+            self._withheld[key] = sequence
+            return []
         run.in_engine = True
-        return [Submit(sequence_of(job, key, parks=parks, now=now))]
+        return [Submit(sequence)]
+
+    def acknowledged(self) -> list[Action]:
+        """Gateways have been heard: suspects that they know of here may run."""
+        ready = [key for key in self._withheld if self.outbox.known(key)]
+        for key in ready:
+            self._runs[key].in_engine = True
+        return [Submit(self._withheld.pop(key)) for key in ready]
 
     def committed(self, key: Key, job: Job, first: Token, transfer_s: float, now: float) -> None:
         """A decode has taken it over: say so, and repeat the first token, so that the order across two sockets does not matter."""
@@ -210,6 +228,7 @@ class Runs:
 
     def _stop(self, run: Run) -> list[Action]:
         """Out of the engine, and with it the forks that may have begun there before we have heard of it."""
+        self._withheld.pop(run.key, None)
         if not run.in_engine:
             return []
         unheard = forked(run.job, run.key) if run.prefilling and not run.parks else []

@@ -10,12 +10,13 @@ import asyncio
 import contextlib
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Generic, TypeVar
 
 from redis.asyncio import Redis
 
 from common.control import ControlServer
-from common.errors import QueueError
+from common.errors import QueueError, StartError, TransferError
 from common.faults import parse
 from common.fleet import Fleet
 from common.logs import get_logger
@@ -33,6 +34,7 @@ from services.worker.gateways import Gateways
 from services.worker.orders import Heard
 from services.worker.room import Room
 from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
+from services.worker.runs import Action as RunAction
 
 log = get_logger(__name__)
 
@@ -62,6 +64,7 @@ class Worker(ABC, Generic[A]):
             self.server,
             on_cancel=self._cancelled,
             on_over=self._over,
+            on_seen=self._seen,
             seal=self.seal,
             fault=self.fault,
         )
@@ -110,7 +113,7 @@ class Worker(ABC, Generic[A]):
         return []
 
     def woken(self) -> None:
-        """The engine has taken a step."""
+        """The engine has taken a step, or an execution is over: there may be room."""
 
     def own_tasks(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """Start what the role runs besides, until it drains."""
@@ -154,11 +157,22 @@ class Worker(ABC, Generic[A]):
                 await end(*background)
         finally:
             figures.close()
-            self.engine.stop(self.settings.drain_s)
-            self.gateways.close()
-            self.server.close()
+            self._end()
+
+    def _end(self) -> None:
+        """Of what computes and talks. What does not end in time ends with the process: the next role's engine must not share its pages."""
+        overdue = [] if self.engine.stop(self.settings.drain_s) else [f"the engine's thread has not ended in {self.settings.drain_s:g} s"]
+        self.gateways.close()
+        self.server.close()
+        try:
             self.close()
-            self.room.ranks.close()
+        except TransferError as error:
+            overdue.append(str(error))
+        self.room.ranks.close()
+        if overdue:
+            log.error("a thread does not end", reason="; ".join(overdue))
+            if self.service.becoming is not None:
+                self.service.fail(StartError(f"cannot become {self.service.becoming}: {'; '.join(overdue)}"))
 
     async def _drain(self) -> None:
         """Hand everything back (rule 12) and wait until the gateways have acknowledged it, or the grace ends."""
@@ -173,12 +187,12 @@ class Worker(ABC, Generic[A]):
         except QueueError as error:
             log.warning("left without a word to Redis", error=error)
 
-    def do(self, actions: list[A]) -> None:
+    def do(self, actions: Sequence[A | RunAction]) -> None:
         """Carry out, then publish what has been said meanwhile."""
         self._carry_out(actions)
         self.gateways.flush()
 
-    def _carry_out(self, actions: list[A]) -> None:
+    def _carry_out(self, actions: Sequence[A | RunAction]) -> None:
         for action in actions:
             match action:
                 case Submit(sequence):
@@ -219,10 +233,15 @@ class Worker(ABC, Generic[A]):
     def _cancelled(self, key: Key) -> None:
         self.do(self.cancel(key, time.monotonic()))
         self._settle()
+        self.woken()
 
     def _over(self, key: Key) -> None:
         self.do(self.over(key))
         self._settle()
+        self.woken()
+
+    def _seen(self) -> None:
+        self.do(self.runs.acknowledged())
 
     def _settle(self) -> None:
         if len(self.gateways.outbox) or not self._acknowledged.empty():

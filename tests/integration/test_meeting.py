@@ -40,11 +40,12 @@ class Prefill:
         self.client = ControlClient(name, self._letter, read_seal(str(cluster.secret)))
         self.client.connect(self.decode.incarnation, self.decode.control_address)
 
-    def beat(self, fingerprint: str | None = None) -> None:
+    def beat(self, fingerprint: str | None = None, *, checksums: bool = True) -> None:
         layout = self.decode.layout
         assert layout is not None
         own = fingerprint or self.identity.fingerprint
-        assert self.client.send(self.decode.incarnation, PeerBeat(1, 0, WorkerSettings.fleet, own, layout, self.decode.shards))
+        words = PeerBeat(1, 0, WorkerSettings.fleet, own, layout, self.decode.shards, checksums=checksums)
+        assert self.client.send(self.decode.incarnation, words)
 
     async def answer(self) -> Letter:
         """The next letter that comes."""
@@ -103,3 +104,10 @@ async def test_one_of_another_model_is_refused_in_words_and_gets_nothing(prefill
     stranger.beat("another model")
     await stranger.answer()
     assert [type(letter.body) for letter in stranger.heard] == [Mismatch, Mismatch]
+
+
+async def test_one_without_checksums_is_refused_by_one_with_them(prefills: list[Prefill]) -> None:
+    """Each of its handoffs was rejected until the deadline, and nobody was told why."""
+    prefills[0].beat(checksums=False)
+    answer = await prefills[0].answer()
+    assert isinstance(answer.body, Mismatch) and "checksums off" in answer.body.reason

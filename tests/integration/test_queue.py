@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 from msgspec.structs import replace
+from redis import exceptions as redis_errors
 from redis.asyncio import Redis
 
 from common import names
 from common.errors import QueueError, SettingError
-from common.messages import Choice, Job, Sampling, encode
-from common.queue import LONGEST_WAIT_S, Absent, Claimed, Entry, JobQueue, Pending, Queued, connect
+from common.messages import Choice, Job, Sampling, decode, encode
+from common.queue import KEPT_S, LONGEST_WAIT_S, Absent, Claimed, Entry, JobQueue, Pending, Queued, connect
 from scripts.launcher.valkey import Valkey
 
 FLEET, PRINT = "f", "p"
@@ -273,6 +274,18 @@ async def test_a_buried_job_is_there_with_its_reason(queue: JobQueue, redis: Red
     assert fields[b"job"] == encode(job("r1")) and fields[b"reason"] == b"two workers died with it"
 
 
+async def test_dead_letters_are_bounded_and_go_in_time_like_the_streams_of_a_model_that_nobody_serves(
+    queue: JobQueue, redis: Redis
+) -> None:
+    await queue.bury(replace(job("r1"), prompt=[100_000] * 60_000), "too long")
+    [(_, fields)] = await redis.xrange(names.dead_letters(FLEET))
+    assert len(fields[b"job"]) < 64 << 10 and decode(fields[b"job"], Job).request_id == "r1" and b"60000" in fields[b"reason"]
+    await queue.put(job("r2"), "batch")
+    await queue.keep()
+    for key in (names.dead_letters(FLEET), names.stream(FLEET, PRINT, "batch")):
+        assert 0 < await redis.ttl(key) <= KEPT_S
+
+
 @pytest.mark.parametrize("fields", [{b"job": b"\xff\x00garbage"}, {b"other": b"1"}, {b"job": b""}])
 async def test_an_entry_nobody_can_read_is_buried_and_the_next_one_is_claimed(
     queue: JobQueue, redis: Redis, fields: dict[bytes, bytes]
@@ -366,9 +379,28 @@ async def test_a_server_that_is_away_is_a_queue_error_at_once(own: JobQueue, val
     ):
         with pytest.raises(QueueError):
             await asyncio.wait_for(call, 5)
+    with pytest.raises(QueueError):
+        await asyncio.wait_for(own.keep(), 5)
     valkey.start()
     await own.put(job("r3"), "batch")
     assert await claim_id(own, "a") == "r3"
+
+
+async def test_connections_that_cannot_be_closed_either_are_a_queue_error(
+    own: JobQueue, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With TLS and a host that swallows everything, closing an idle connection times out: that ended the process."""
+    await own.depth()
+    pool = own._redis.connection_pool
+
+    async def stuck(inuse_connections: bool = True) -> None:
+        raise redis_errors.TimeoutError("Timed out closing connection after 2")
+
+    monkeypatch.setattr(pool, "disconnect", stuck)
+    valkey.kill()
+    for call in (own.depth(), own.put(job("r"), "batch")):
+        with pytest.raises(QueueError):
+            await asyncio.wait_for(call, 5)
 
 
 async def test_a_server_killed_during_a_blocking_read_is_a_queue_error(own: JobQueue, valkey: Valkey) -> None:

@@ -6,6 +6,9 @@ Quick: one grid. BATON_TEST_FULL=1: several, and other models.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,3 +68,39 @@ def test_logits_are_those_of_eager(config: PreTrainedConfig, tp: int, pp: int, t
     with room(tmp_path, tp=tp, pp=pp) as built:
         for found, wanted in pairs(built.runner, eager, PLANS, page_tokens=4, pages=100):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+HELD = """
+import os, sys
+from common.settings import WorkerSettings
+from services.worker.room import build
+
+settings = WorkerSettings(model=sys.argv[1], dtype="float32", page_tokens=4, pages=100, tp=2, log_level="error")
+built = build(settings, [[min(os.sched_getaffinity(0))]] * 2, "prefill")
+print(built.ranks.store, flush=True)
+sys.stdin.read()
+"""
+GONE_S = 20.0
+
+
+@pytest.mark.timeout(300)
+def test_the_store_of_a_killed_worker_goes_with_its_last_rank(tmp_path: Path) -> None:
+    """Rank 0 can remove nothing after a SIGKILL; the others see that it has ended."""
+    saved(LLAMA, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", HELD, str(tmp_path / "model")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=root,
+    ) as worker:  # fmt: skip
+        assert worker.stdout is not None
+        store = Path(worker.stdout.readline().strip())
+        assert store.parent.parent == temporary and store.exists()
+        worker.kill()
+    give_up = time.monotonic() + GONE_S
+    while list(temporary.glob("baton-ranks-*")):
+        assert time.monotonic() < give_up, "the store is left behind"
+        time.sleep(0.05)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import pytest
@@ -593,7 +594,9 @@ async def test_a_decode_is_found_by_the_first_beat_in_which_it_takes_offers(clos
     decode = closing(ControlServer("d", "127.0.0.1", heard.append))
     layout = m.Layout(layers=2, kv_heads=2, page_tokens=4, head_dim=8, dtype="float32")
     peers: Peers = closing(
-        Peers("p", "fleet", "print", layout, [], lambda peer: [], lambda letter: None, lambda: found.append(peers.loads["d"].free_pages))
+        Peers(
+            "p", "fleet", "print", layout, [], True, lambda peer: [], lambda letter: None, lambda: found.append(peers.loads["d"].free_pages)
+        )
     )
     peers.introduced({"d": m.Introduction("decode", "d", decode.address, "print")})
     await until(lambda: heard)
@@ -601,3 +604,27 @@ async def test_a_decode_is_found_by_the_first_beat_in_which_it_takes_offers(clos
         decode.send("p", m.WorkerBeat("decode", sequence, 0, False, 1.0, sequence, 9, 0, 0, draining))
     await until(lambda: len(found) == 2)
     assert found == [0, 3]
+
+
+@both_loops
+async def test_a_decode_that_has_left_is_not_knocked_at_any_more_and_its_next_link_is_another(
+    closing: Closing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was still thought alive when it left, and nobody asked again until some other member came or went."""
+    heard: list[m.Letter] = []
+    decode = closing(ControlServer("d", "127.0.0.1", heard.append))
+    layout = m.Layout(layers=2, kv_heads=2, page_tokens=4, head_dim=8, dtype="float32")
+    peers: Peers = closing(Peers("p", "fleet", "print", layout, [], True, lambda peer: [], lambda letter: None, lambda: None))
+    members = {"d": m.Introduction("decode", "d", decode.address, "print")}
+    peers.introduced(members)
+    await until(lambda: heard)
+    decode.send("p", m.WorkerBeat("decode", 1, 0, False, 1.0, 1, 9, 0, 0))
+    await until(lambda: peers.loads)
+    peers.introduced({})
+    assert peers._client.peers == {"d"}, "it still beats"
+    monkeypatch.setattr("services.prefill.peers.time", SimpleNamespace(monotonic=lambda: time.monotonic() + 10))
+    assert peers.reap() == ["d"] and not peers._client.peers
+    heard.clear()
+    peers.introduced(members)
+    await until(lambda: heard)
+    assert heard[0].body.link == 1  # type: ignore[union-attr]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from scripts.faults.network import Network, NetworkError
+from services.transfer.outbound import PUSH_S
 from services.transfer.protocol import Arrived, Posted, PushFailed, Sent
 from services.transfer.ucx import UcxTransfer
 from tests.integration.far_end import ALL, SHARD
@@ -108,6 +110,24 @@ def test_a_peer_that_is_cut_off_holds_up_nobody_else(network: Network, end: Call
     host.tell("close_peer", "far")
     host.push(far.expect(3), 3, "far again")
     assert host.next(Sent).grant == 3
+
+
+def test_what_is_pushed_faster_than_the_link_carries_it_leaves_in_the_end(network: Network, end: Callable[[str], End]) -> None:
+    """Each push failed that had to wait for others for 5 s: all began again from the first byte, and so on."""
+    if shutil.which("tc") is None:
+        pytest.skip("no tc")
+    near, far = end("near"), end("far")
+    for name in ("near", "far"):
+        limit = "tc qdisc add dev eth0 root tbf rate 100mbit burst 64kb latency 200ms"
+        subprocess.run([*network.within(name), *limit.split()], check=True)
+    grants = range(1, 61)
+    ranks = [far.expect(grant) for grant in grants]
+    began = time.monotonic()
+    for grant, rank in zip(grants, ranks, strict=True):
+        near.push(rank, grant)
+    assert [near.next(Sent).grant for _ in grants] == [*grants]
+    assert time.monotonic() - began > PUSH_S + 1.0, "not slow enough to show anything"
+    assert {far.next(Arrived).grant for _ in grants} == {*grants}
 
 
 def test_a_network_card_that_goes_keeps_nobody_from_being_met(network: Network) -> None:

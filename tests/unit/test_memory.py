@@ -70,7 +70,23 @@ def test_pools_of_workers_that_start_together_fit_beside_each_other(tmp_path: Pa
     assert sorted(pool.pages for pool, _ in taken) == [128, 256, 512]
     for _, found in taken:
         assert found.free_bytes == free and found.pool_bytes <= (free - found.promised_bytes) / 2
+        assert found.note is not None
         found.note.close()
+
+
+def test_a_pool_that_takes_nothing_later_leaves_no_note_and_notes_of_the_dead_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On GPUs each start left one more file in /dev/shm, and nobody removed any."""
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(room, "notes", lambda: tmp_path)
+    monkeypatch.setattr(room, "Pool", lambda layout, pages, device: None)
+    with holder(tmp_path, 0) as living:
+        (tmp_path / "pool-dead").write_text("1 2 3")
+        facts = room.Facts(LAYOUT, LAYOUT, 1, torch.device("cuda"), Mesh(Grid(), 0))
+        alone = Ranks(WorkerSettings(), Grid(), tmp_path, [[0]], "worker")
+        _, found = room.allocate(facts, WorkerSettings(pages=4), 1, alone)
+        assert found.note is None and found.promised_bytes == 0
+        assert len(list(tmp_path.glob(memory.PATTERN))) == 1, "the living one's"
+        living.kill()
 
 
 def test_a_worker_of_one_rank_leaves_nothing_behind_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,14 @@ def test_broken_folders_are_said_in_words(tmp_path: Path) -> None:
         load(tmp_path, "cpu", "auto", 16)
 
 
+def test_weights_that_would_be_unpickled_are_refused(tmp_path: Path) -> None:
+    model = saved(LlamaConfig(**GROUPED), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(StartError, match="cannot load the model"):
+        load(tmp_path, "cpu", "auto", 16)
+
+
 def test_missing_weights_are_never_made_up(tmp_path: Path) -> None:
     """transformers fills them with random numbers and goes on."""
     from safetensors.torch import load_file, save_file

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from common.errors import QueueError
 from common.messages import Introduction, Role
+from services.worker import role as script
 from services.worker.role import RoleError, chosen
 
 
@@ -29,3 +33,22 @@ def test_the_beginning_of_a_name_is_enough() -> None:
 def test_what_cannot_be_meant_is_refused_in_words(begins: str, role: Role, words: str) -> None:
     with pytest.raises(RoleError, match=words):
         chosen(fleet(ab1="prefill", ac2="prefill", b3="decode"), begins, role)
+
+
+def test_the_password_and_the_certificates_of_redis_are_heeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compose gives the password in a file: the command of docs/deploy.md logged in without it."""
+    (tmp_path / "password").write_text("secret\n")
+    seen = []
+
+    def connect(*wanted: str | None) -> None:
+        seen.append(wanted)
+        raise QueueError("enough")
+
+    monkeypatch.setattr(script, "connect", connect)
+    environ = {
+        "BATON_REDIS_URL": "rediss://baton@redis:6379/0",
+        "BATON_REDIS_PASSWORD_FILE": str(tmp_path / "password"),
+        "BATON_REDIS_CA_FILE": "/ca.pem",
+    }
+    assert script.main([], environ) == 1
+    assert seen == [("rediss://baton:secret@redis:6379/0", "/ca.pem")]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from common.messages import GrantedRank, Shard
+from services.transfer.outbound import PUSH_S
 from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent, TransferEvent, keyed
 from tests.unit.recovery.fabric import MASK, PAGE_TOKENS, Clock, Process, Weather
 
@@ -131,6 +132,8 @@ class Carrier:
                 return
             if self._rng.random() >= self._weather.push_stall:
                 self._move(peer, to.address, handoff, grant, index, page)
+            else:
+                self._clock.after(PUSH_S, lambda: self.process.deliver("progress", lambda: self._fail(handoff, grant, "it does not move")))
 
     def _move(self, peer: str, address: bytes, handoff: int, grant: int, index: int, page: int | None) -> None:
         """The receiver's thread reads the page when it gets to it; a dead or closed receiver is an error at the sender."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import random
 
+import pytest
+from msgspec.structs import replace
+
 from common.messages import (
     Choice,
     Committed,
@@ -40,8 +43,9 @@ from services.prefill import moves
 from services.prefill.core import PrefillCore
 from services.prefill.handoffs import Handoffs
 from services.prefill.routing import Load
-from services.transfer.protocol import Arrived, Posted
+from services.transfer.protocol import Arrived, Posted, PushFailed
 from services.worker.outbox import Outbox
+from services.worker.runs import Runs, Submit
 
 ASK = Ask([1, 2, 3], Sampling(seed=1), 12)
 KEY = Key("r", 0, 1, "e")
@@ -168,7 +172,7 @@ def test_pages_that_never_leave_condemn_their_link() -> None:
     ways.decodes({"d": LOAD})
     granted(ways)
     assert moves.FinishPush(1, 7) in ways.drawn(KEY, Token(0, 1), 0.2)
-    actions = [action for second in range(1, 12) for action in ways.tick(float(second))]
+    actions = [*ways.push_failed(PushFailed(1, 7, "nothing has moved for 5 s"), 5.3), *ways.tick(5.5)]
     assert moves.ResetLink("d") in actions
     assert any(isinstance(action, moves.Send) and isinstance(action.body, Offer) and action.body.handoff > 1 for action in actions)
 
@@ -259,3 +263,55 @@ def test_a_deadline_that_only_a_jumping_clock_has_passed_is_no_end() -> None:
     assert again.job.deadline_s == 95.0
     (end,) = (action for action in found.event("p", Lost(Key("r", 0, 2, "f"), "expired"), 99.5) if isinstance(action, End))
     assert end.error is not None and end.error.code == "deadline_exceeded"
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+@pytest.mark.parametrize("more", [{"deadline_s": 0.0}, {"max_tokens": 1000}, {"protocol": 0}], ids=str)
+def test_a_job_that_is_over_as_it_is_claimed_does_not_keep_the_worker_from_claiming(more: dict[str, object]) -> None:
+    """It counted as one that is about to begin, no launch ever contained it, and an idle worker claimed nothing any more."""
+    runs = Runs(Outbox(), 64, parks=False)
+    runs.claimed(Entry("interactive", "1-0"), replace(job(), **more), 0.0)
+    assert (runs.unbegun, runs.unbegun_tokens) == (0, 0)
+
+
+def test_a_suspect_runs_only_where_its_gateway_knows_of_it() -> None:
+    """A worker that had just started launched it before any gateway had met the worker: its death was no suspicion, again and again."""
+    runs = Runs(Outbox(), 64, parks=False)
+    assert runs.claimed(Entry("resume", "1-0"), replace(job(), suspicion=1), 0.0) == [] == runs.acknowledged()
+    (key,) = runs.outbox.unended()
+    assert runs.unbegun == 1, "it comes: no room for another"
+    runs.outbox.seen([(key, 0, False)])
+    (submit,) = runs.acknowledged()
+    assert isinstance(submit, Submit) and submit.sequence.key == key and runs.acknowledged() == []
+    assert runs.began(Began(key, (0,)), 0.1) is not None and runs.unbegun == 0
+
+
+@pytest.mark.parametrize("end", ["cancel", "lose", "drain"])
+def test_a_suspect_that_is_given_up_while_it_waits_does_not_run(end: str) -> None:
+    runs = Runs(Outbox(), 64, parks=False)
+    runs.claimed(Entry("resume", "1-0"), replace(job(), suspicion=1), 0.0)
+    (key,) = runs.outbox.unended()
+    actions = {"cancel": lambda: runs.cancel(key), "lose": lambda: runs.lose(key, "failed"), "drain": runs.drain}[end]()
+    runs.outbox.seen([(key, 0, False)])
+    assert not [action for action in (*actions, *runs.acknowledged()) if isinstance(action, Submit)] and not runs.unbegun
+
+
+def test_a_decode_that_dies_in_its_first_step_is_suspected() -> None:
+    """Only its beats told of the launch: what killed within one was never suspected, and killed one decode after the other."""
+    found = ledger()
+    found.event("d", Started(KEY), 0.2)
+    assert [action.job.suspicion for action in found.dead("d", 3.0) if isinstance(action, Put)] == [1]
+
+
+def test_a_decode_that_dies_before_its_first_word_is_suspected_once() -> None:
+    found = ledger()
+    suspicions = []
+    for attempt in (1, 2, 3):
+        key = Key("r", 0, attempt, "e")
+        found.event("p", Started(key), 1.0 * attempt)
+        found.event("p", Tokens(key, [Token(attempt - 1, 1)]), 1.1 * attempt)
+        found.event("p", Handed(key, f"d{attempt}"), 1.2 * attempt)
+        suspicions += [action.job.suspicion for action in found.dead(f"d{attempt}", 10.0 * attempt) if isinstance(action, Put)]
+    assert suspicions == [1, 1, 1]

@@ -246,6 +246,7 @@ class Worker(Process):
                 self.gateways.heard(letter.sender, self.world.now)
                 for key in self.outbox.seen(beat.seen):
                     self.do(self.core.over(key))
+                self.do([*self.runs.acknowledged()])
             case Cancel(key):
                 for own in self.outbox.meant_by(key) or [key]:
                     self.outbox.forget(own)
