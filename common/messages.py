@@ -12,10 +12,10 @@ its host.
 from __future__ import annotations
 
 import re
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from common.errors import MessageError
 
@@ -332,7 +332,7 @@ class Pushed(Struct, frozen=True, tag=True):
 
     handoff: int
     grant: int
-    tokens: list[tuple[int, Token]]
+    tokens: Annotated[list[tuple[int, Token]], Meta(min_length=1)]
     """(choice, first token) of each live choice."""
     checksums: list[list[int]]
     spent_s: float = 0.0

@@ -186,6 +186,8 @@ class Handoffs:
             case Granted():
                 if handoff.granted is not None:
                     return []
+                if len(body.pages) != len(self._needed(going)):
+                    return self._again(going, now, f"{len(body.pages)} pages were granted", avoid=True)
                 handoff.granted = body
                 return self._push(going, now)
             case Refused():

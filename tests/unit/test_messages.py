@@ -103,6 +103,12 @@ def test_a_field_of_another_type_is_refused_by_name(field: str, value: object) -
         decode(msgspec.msgpack.encode(fields), m.Job)
 
 
+def test_a_word_of_pages_without_a_first_token_is_refused() -> None:
+    """It ended the decode that judged them."""
+    with pytest.raises(MessageError, match="not a Letter"):
+        m.decode(m.encode(m.Letter("p", "d", m.Pushed(1, 1, [], [[1]]))), m.Letter)
+
+
 def test_a_message_is_plain_msgpack_and_names_its_type() -> None:
     assert msgspec.msgpack.decode(encode(m.Letter("a", "b", m.Withdraw(3))))["body"] == {"type": "Withdraw", "handoff": 3}
 

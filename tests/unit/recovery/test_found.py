@@ -28,6 +28,7 @@ from common.messages import (
     Started,
     Token,
     Tokens,
+    Withdraw,
     WorkerBeat,
 )
 from common.queue import Entry
@@ -175,6 +176,17 @@ def test_pages_that_never_leave_condemn_their_link() -> None:
     actions = [*ways.push_failed(PushFailed(1, 7, "nothing has moved for 5 s"), 5.3), *ways.tick(5.5)]
     assert moves.ResetLink("d") in actions
     assert any(isinstance(action, moves.Send) and isinstance(action.body, Offer) and action.body.handoff > 1 for action in actions)
+
+
+@pytest.mark.parametrize("pages", [[], [0, 1], [-1, -1, -1]], ids=str)
+def test_a_grant_of_other_pages_than_were_asked_for_is_no_grant(pages: list[int]) -> None:
+    """It ended the process, by an index beyond the list."""
+    ways = Handoffs(4, random.Random(1))
+    ways.decodes({"d": LOAD})
+    ways.begin(KEY, job(), 3, [], (0,), 0.0)
+    actions = [*ways.letter("d", Granted(1, 7, pages, [RANK]), 0.1), *ways.drawn(KEY, Token(0, 1), 0.2)]
+    assert [action.body for action in actions if isinstance(action, moves.Send)] == [Withdraw(1)]
+    assert not [action for action in actions if isinstance(action, moves.Push)]
 
 
 def test_a_push_without_an_end_is_ended_when_it_is_withdrawn() -> None:
