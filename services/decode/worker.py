@@ -96,6 +96,7 @@ class DecodeWorker(Worker[Action]):
             super().letter(letter)
 
     def tick(self, now: float) -> list[Action]:
+        self._transfer.watch(now)
         actions: list[Action] = []
         for peer, reason in self._prefills.dead(now):
             log.warning("prefill lost", prefill=peer, reason=reason)

@@ -110,6 +110,7 @@ class PrefillWorker(Worker[Action]):
         self._peers.introduced(members)
 
     def tick(self, now: float) -> list[Action]:
+        self._transfer.watch(now)
         actions: list[Action] = []
         for peer in self._peers.reap():
             actions += self._core.peer_dead(peer, now)

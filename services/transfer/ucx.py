@@ -85,7 +85,9 @@ class UcxTransfer:
         self._receivers: dict[Incarnation, Receiver] = {}
         self._closing: list[_Closing] = []
         self._sender = Sender(self._new_worker(), self._places, self._outbound, self._emit, checksums=checksums, fault=fault)
-        self._moved_at = self._looked_at = 0.0
+        self._moved_at = 0.0
+        self.looked_at = time.monotonic()
+        """When the thread last came round: about once a second, however idle or busy it is."""
         self._asleep = False
         self._overslept = False
         """Whether the last sleep ended by its own time."""
@@ -178,11 +180,11 @@ class UcxTransfer:
         self._overslept = False
         if not moved and now - self._moved_at > SPIN_S:
             self._sleep(now)
-        elif now - self._looked_at > LOOK_S:
+        elif now - self.looked_at > LOOK_S:
             self._look(now)
 
     def _look(self, now: float) -> None:
-        self._looked_at = now
+        self.looked_at = now
         self._sender.look()
 
     def _sleep(self, now: float) -> None:

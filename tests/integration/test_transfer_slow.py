@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from common.errors import TransferError
 from common.messages import GrantedRank, Shard
 from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent, TransferEvent
-from services.transfer.ucx import UcxTransfer
+from services.transfer.ucx import IDLE_WAIT_S, UcxTransfer
+from services.worker.transfers import STUCK_LOOKS, STUCK_S, Transfers
 
 PAGES, PAGE_BYTES = 8, 1 << 18
 SHARD = Shard(0, (0, 30), (0, 3))
@@ -119,3 +122,45 @@ def test_a_stuck_way_fails_in_time_beside_one_that_is_never_quiet(make: Callable
         assert PUSH_S <= time.monotonic() - began < 3 * PUSH_S
     finally:
         go_on.set()
+
+
+# ------------------------------------------------------------------------------------------------- a thread that hangs
+
+
+def watched(looked_at: float) -> Transfers:
+    """Only what `watch` looks at."""
+    transfers = Transfers.__new__(Transfers)
+    transfers._own, transfers._stuck_looks = SimpleNamespace(looked_at=looked_at), 0  # type: ignore[assignment]
+    return transfers
+
+
+def test_a_thread_that_does_not_come_round_ends_the_worker() -> None:
+    """What it had been given waited for ever, and the worker beat on."""
+    transfers = watched(100.0)
+    transfers.watch(100.0 + STUCK_S - 1)
+    with pytest.raises(TransferError, match="not come round for 3"):
+        for look in range(STUCK_LOOKS):
+            transfers.watch(100.0 + STUCK_S + 1 + look / 2)
+
+
+def test_a_process_that_was_stopped_is_not_taken_for_it() -> None:
+    transfers = watched(100.0)
+    for look in range(STUCK_LOOKS - 1):
+        transfers.watch(200.0 + look / 2)
+    transfers._own.looked_at = 201.5
+    for look in range(10):
+        transfers.watch(202.0 + look / 2)
+
+
+def test_a_thread_with_nothing_to_do_comes_round_and_one_that_hangs_does_not() -> None:
+    end, let_go = End(), threading.Event()
+    try:
+        before = end.transfer.looked_at
+        time.sleep(2.5 * IDLE_WAIT_S)
+        assert end.transfer.looked_at > before + IDLE_WAIT_S
+        end.transfer._command(lambda: let_go.wait(WAIT_S))
+        time.sleep(1.5 * IDLE_WAIT_S)
+        assert time.monotonic() - end.transfer.looked_at > IDLE_WAIT_S
+    finally:
+        let_go.set()
+        end.transfer.close()
