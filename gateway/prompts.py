@@ -47,7 +47,7 @@ class Model:
     # -------------------------------------------------------------------------------------------------------- text to ids
 
     def encode(self, text: str, *, special: bool = True, param: str = "prompt") -> list[int]:
-        """Ids of a text. Raises BadRequest where it cannot fit or is no text.
+        """Ids of a text. Raises BadRequest where it cannot fit, is no text, or holds a token without a row in the model's embedding.
 
         Text that is too long for the context even if all of it were the longest token is refused unread. `encode_batch_fast` lets go of
         the interpreter lock, `encode` does not: with it a long prompt on a thread would stall every stream.
@@ -62,6 +62,8 @@ class Model:
             ids: list[int] = self._backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
         except (UnicodeError, TypeError) as error:
             raise BadRequest(f"{param} is not valid Unicode text", param=param) from error
+        if max(ids, default=0) >= self.vocabulary:  # tokens added to the tokenizer and not to the model
+            raise BadRequest(f"{param} holds {self._backend.id_to_token(max(ids))!r}, a token that this model does not have", param=param)
         return ids
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:

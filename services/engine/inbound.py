@@ -41,6 +41,11 @@ class InboundLine:
         return len(self._line) + len(self._grants)
 
     @property
+    def granted(self) -> int:
+        """Grants that are live."""
+        return sum(not grant.lapsed for grant in self._grants.values())
+
+    @property
     def head(self) -> Sequence | None:
         """The sequence whose turn it is."""
         return self._line[0][1] if self._line else None

@@ -34,7 +34,7 @@ class Clocked:
 
     def note(self, plan: Plan, took_s: float) -> None:
         """A launch has been collected `took_s` after the engine began with it. A launch of both phases counts as prefill."""
-        prompt = sum(chunk.tokens for chunk in plan.chunks if chunk.start < chunk.sequence.prompt_tokens)
+        prompt = sum(chunk.tokens for chunk in plan.chunks if chunk.tokens > 1 or not chunk.draws)
         if prompt:
             self._tokens = KEEP * self._tokens + prompt
             self._prefill_s = KEEP * self._prefill_s + took_s

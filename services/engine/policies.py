@@ -36,6 +36,10 @@ class Limits:
             raise ValueError(f"a launch that can hold nothing: {self}")
 
 
+LEAST_TOKENS = 16
+"""Of prompts in a mixed launch: with as many running sequences as the budget has tokens, none would ever begin."""
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """A launch: the first `decodes` running sequences draw a token, the i-th ready prompt computes `prefill[i]` tokens (at least one)."""
@@ -70,9 +74,11 @@ def prefill_first(lacking: Sequence[int], running: int, limits: Limits) -> Share
 
 
 def chunked(lacking: Sequence[int], running: int, limits: Limits) -> Share:
-    """One token for every running sequence, the rest of the budget for prompts, cut to fill it."""
+    """One token for every running sequence, the rest of the budget for prompts, cut to fill it; something of a prompt in any case."""
     decodes = min(running, limits.max_batch)
     left = limits.budget_tokens - decodes
+    if left <= 0:
+        left = min(LEAST_TOKENS, limits.budget_tokens)
     prefill: list[int] = []
     for tokens in lacking:
         if left <= 0:

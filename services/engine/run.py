@@ -72,7 +72,10 @@ class Roster:
             Stage.PARKED: self.parked,
         }
         self.inside: set[Sequence] = set()
-        """Sequences that have pages, granted ones and such as are leaving included: what an `alone` one must not meet."""
+        """Sequences that have pages, granted ones and such as are leaving included: what an `alone` one must not meet, but for parked ones,
+        which no launch names."""
+        self._alone: set[Sequence] = set()
+        """Those of them that must run alone."""
         self.leaving_pages = 0
         """Pages of sequences that are gone, named by launches in flight."""
         self.unplanned_tokens = 0
@@ -99,7 +102,18 @@ class Roster:
         """More pages for it, behind those it has."""
         run.sequence.pages += pages
         run.room = len(run.sequence.pages) * self._pool.page_tokens
-        self.inside.add(run.sequence)
+        self.enter(run.sequence)
+
+    def enter(self, sequence: Sequence) -> None:
+        """It has pages, or a grant of some."""
+        self.inside.add(sequence)
+        if sequence.alone:
+            self._alone.add(sequence)
+
+    def leave(self, sequence: Sequence) -> None:
+        """It has none any more."""
+        self.inside.discard(sequence)
+        self._alone.discard(sequence)
 
     def drop(self, run: Run) -> None:
         """It is gone from here; its pages follow when no launch names them any more."""
@@ -131,10 +145,11 @@ class Roster:
     def may_enter(self, sequence: Sequence) -> bool:
         """Whether it may get its first pages beside what has pages now."""
         if sequence.alone:
-            return not self.inside
-        return not (len(self.inside) == 1 and next(iter(self.inside)).alone)
+            return len(self.inside) == len(self.parked)
+        parked = {run.sequence for run in self.parked} if self._alone else set()
+        return self._alone <= parked
 
     def _free(self, run: Run) -> None:
         self._pool.release(run.sequence.pages)
         run.sequence.pages = []
-        self.inside.discard(run.sequence)
+        self.leave(run.sequence)

@@ -172,7 +172,7 @@ def truncated(weights: Tensor, s: Sampling) -> tuple[Tensor, Tensor]:
     in the order of their ids, so that the result does not hang on how a device sorts.
     """
     total = weights.sum()
-    ids = (weights >= _least(weights, total, s)).nonzero()[:, 0]
+    ids = (~(weights < _least(weights, total, s))).nonzero()[:, 0]  # all, if they are no numbers
     kept, order = weights[ids].sort(descending=True, stable=True)
     ids = ids[order]
     if s.top_k:
@@ -221,8 +221,9 @@ def invert(weights: Tensor, u: Tensor) -> Tensor:
     cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
     found = torch.searchsorted(cumulative, u[:, None] * total, right=True)
-    # A product rounded up to the total is exceeded nowhere: then it is the last token that adds to the sum.
-    return torch.minimum(found, torch.searchsorted(cumulative, total))[:, 0]
+    # A product rounded up to the total is exceeded nowhere: then it is the last token that adds to the sum. Logits that are no numbers
+    # have no sum, and what is drawn from them is at least a token.
+    return torch.minimum(found, torch.searchsorted(cumulative, total)).clamp_(max=weights.shape[-1] - 1)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------ logprobs

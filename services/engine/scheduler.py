@@ -74,13 +74,13 @@ class Scheduler:
         """Stand in line for pages; `Granted` says when its turn has come. Repeats are fine. Raises ValueError if it can never fit."""
         self._check_fits(sequence)
         if self._inbound.reserve(handoff, sequence):
-            self._roster.inside.add(sequence)
+            self._roster.enter(sequence)
 
     def admit(self, handoff: Handoff, token: Token) -> None:
         """All pages of the grant are verified, and prefill drew `token`: the sequence runs from now on, unless its execution runs here
         already through another handoff. Raises ValueError without a live grant, or if the token is not the next one."""
         sequence, pages = self._inbound.admit(handoff)
-        self._roster.inside.discard(sequence)
+        self._roster.leave(sequence)
         if sequence.key in self._roster.runs:
             self._pool.release(pages)
             return
@@ -96,13 +96,13 @@ class Scheduler:
         """The handoff is given up. Pages that it has been granted stay in transit until `landed`."""
         sequence = self._inbound.lapse(handoff)
         if sequence is not None:
-            self._roster.inside.discard(sequence)
+            self._roster.leave(sequence)
 
     def landed(self, handoff: Handoff) -> None:
         """Nothing can write into the pages of this handoff's grant any more."""
         sequence = self._inbound.landed(handoff)
         if sequence is not None:
-            self._roster.inside.discard(sequence)
+            self._roster.leave(sequence)
 
     # ----------------------------------------------------------------------------------------------------------- steps
 
@@ -253,18 +253,21 @@ class Scheduler:
         return growing, preempted and len(growing) > 0
 
     def _grant(self) -> None:
-        """Pages for the offers in line, strictly in turn. A prompt that must run alone holds them up, or it would never start."""
-        waiting = self._roster.waiting
-        while (head := self._inbound.head) is not None and self._roster.may_enter(head):
-            if waiting and waiting[0].sequence.alone and not head.alone:
+        """Pages for the offers in line, strictly in turn, while there are places. A prompt that must run alone holds them up, and so does
+        one that was accepted before (a further choice, on a decode), or it would never start."""
+        roster, waiting = self._roster, self._roster.waiting
+        places = self._limits.max_batch - len(roster.prefilling) - len(roster.running) - self._inbound.granted
+        while places > 0 and (head := self._inbound.head) is not None and roster.may_enter(head):
+            if waiting and ((waiting[0].sequence.alone and not head.alone) or waiting[0].sequence.order < head.order):
                 return
+            places -= 1
             granted = self._inbound.grant(self._first_pages(head, self._limits.growth_pages), self._known(head, len(head.ids)))
             if granted is None:
                 return
             if self._prefixes is not None:
                 self._looked_up += len(head.ids)
                 self._reused += granted.shared * self._pool.page_tokens
-            self._roster.inside.add(head)
+            self._roster.enter(head)
             self._outcomes.append(granted)
 
     def _known(self, sequence: Sequence, tokens: int) -> tuple[int, ...]:
@@ -275,7 +278,7 @@ class Scheduler:
         """Prompts with their pages and, strictly in turn, those that could have theirs now; enough of them for any policy."""
         roster, limits = self._roster, self._limits
         head = self._inbound.head
-        if tight or not roster.waiting or (head is not None and head.alone):
+        if tight or not roster.waiting or (head is not None and head.alone and head.order <= roster.waiting[0].sequence.order):
             return roster.prefilling.copy()
         ready = roster.prefilling.copy()
         places = limits.max_batch - len(roster.prefilling) - len(roster.running)

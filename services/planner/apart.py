@@ -30,7 +30,7 @@ class Decodes:
         rng: random.Random,
         tell: Callable[[Lane, list[Outcome]], None],
     ) -> None:
-        self.workers = [Worker(agenda, costs, group.parallel, lambda lane: None, tell) for _ in range(group.replicas)]
+        self.workers = [Worker(agenda, costs, group.parallel, lambda lane: None, tell, "chunked") for _ in range(group.replicas)]
         self._rng = rng
         self._numbers: Iterator[int] = iter(range(1 << 62))
 
@@ -52,6 +52,8 @@ class Going:
 
     key: Key
     source: Lane
+    there: Key
+    """Its execution on the target."""
     target: Lane
     index: int
     """Of the token that the prefill draws."""
@@ -106,9 +108,22 @@ class Apart(System):
                     if handoff is not None:
                         self._final(handoff, self._going[handoff].pages)
                 case Preempted():
+                    self._withdraw(outcome.key)
                     self.resume(self.preempt(lane, outcome))
                 case _:
                     raise AssertionError(f"on a prefill: {outcome}")
+
+    def _withdraw(self, key: Key) -> None:
+        """It has lost its pages here before they were all sent: the decode lets go of what it had granted."""
+        handoff = self._handoff_of.pop(key, None)
+        if handoff is None:
+            return
+        going = self._going.pop(handoff)
+        target = going.target
+        target.scheduler.lapse(handoff)
+        target.scheduler.landed(handoff)
+        del target.carried[going.there]
+        target.bound -= 1
 
     def _began(self, lane: Lane, outcome: Began) -> None:
         """Offer at once, so that the grant is there before the first page is final; short answers stay."""
@@ -117,14 +132,15 @@ class Apart(System):
             return
         assert self.decodes is not None, "a request of many tokens, and prefills only"
         try:
-            handoff, target, _ = self.decodes.offer(request)
+            handoff, target, offered = self.decodes.offer(request)
         except ValueError:  # the gateway refuses what the smallest pool cannot hold before it is claimed; here it is found late
             lane.scheduler.cancel(outcome.key)
             lane.carried.pop(outcome.key)
             lane.bound -= 1
             request.refuse(self.agenda.now)
             return
-        self._going[handoff] = Going(outcome.key, lane, target, request.drawn, -(-len(sequence.ids) // self._costs.page_tokens))
+        pages = -(-len(sequence.ids) // self._costs.page_tokens)
+        self._going[handoff] = Going(outcome.key, lane, offered.key, target, request.drawn, pages)
         self._handoff_of[outcome.key] = handoff
         target.worker.turn()
 
@@ -164,9 +180,11 @@ class Apart(System):
             match outcome:
                 case Drawn():
                     self.drawn(lane, outcome)
-                case Granted():
+                case Granted() if outcome.handoff in self._going:
                     self._going[outcome.handoff].granted = True
                     self._push(outcome.handoff)
+                case Granted():
+                    pass  # withdrawn meanwhile
                 case Preempted():
                     self.resume(self.preempt(lane, outcome))
 

@@ -35,12 +35,14 @@ class Request:
     first_s: float | None = None
     done_s: float | None = None
     refused: bool = False
+    preempted: bool = False
+    """Has lost its pages once: what it may need is reserved from then on."""
 
     def sequence(self, *, parks: bool) -> Sequence:
         """A new execution, with the tokens drawn so far as accepted ones. Ids do not matter: nothing is shared."""
         key = Key(str(self.number), 0, 0, str(next(_executions)))
         ids = [0] * (self.input_tokens + self.drawn)
-        return Sequence(key, ids, self.input_tokens, GREEDY, self.output_tokens, order=self.due_s, parks=parks)
+        return Sequence(key, ids, self.input_tokens, GREEDY, self.output_tokens, order=self.due_s, parks=parks, reserve_all=self.preempted)
 
     def drew(self, outcome: Drawn, now: float) -> None:
         self.drawn = outcome.token.index + 1

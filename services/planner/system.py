@@ -66,7 +66,7 @@ class System:
         """The request of an execution that lost its pages. The gateway starts a new attempt behind the tokens that the client has."""
         request, sequence = lane.carried.pop(outcome.key)
         lane.bound -= 1
-        request.drawn = sequence.index
+        request.drawn, request.preempted = sequence.index, True
         self.preempted += 1
         return request
 

@@ -35,7 +35,8 @@ from services.transfer.protocol import PushFailed, Sent
 REPEAT_S = 0.5
 """A control request is repeated this often until it is answered."""
 OFFER_S = 5.0
-"""An offer that stands in line longer is withdrawn and made elsewhere (if there is an elsewhere)."""
+"""An offer that stands in line longer is withdrawn and made elsewhere (if there is an elsewhere). One that must find an empty decode, or
+all its pages at once, keeps its place: it would be last in each line in turn, for as long as others come."""
 ANSWER_S = 5.0
 """A live decode that has not judged pushed pages by then is given up."""
 FAILURES = 5
@@ -224,7 +225,8 @@ class Handoffs:
         handoff = going.handoff
         if handoff is None:
             return self._offer(going, now, anywhere=True)
-        if handoff.granted is None and now - handoff.offered_at > OFFER_S and len(self._decodes) > 1:
+        stays = going.job.alone or going.job.reserve_all
+        if handoff.granted is None and not stays and now - handoff.offered_at > OFFER_S and len(self._decodes) > 1:
             return self._elsewhere(going, now)
         if handoff.word is not None and now - handoff.word_at > ANSWER_S:
             return self._again(going, now, "its pages were not judged")

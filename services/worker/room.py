@@ -24,7 +24,7 @@ from services.engine.mesh import Mesh
 from services.engine.model import load, refuse_grid
 from services.engine.pages import PagePool
 from services.engine.pipeline import PipelinedRunner
-from services.engine.policies import Limits
+from services.engine.policies import Limits, PolicyName
 from services.engine.pool import RESERVE_BYTES, Pool, fit_pages, free_bytes
 from services.engine.runner import Runner
 from services.engine.scheduler import Scheduler
@@ -141,9 +141,14 @@ def cleared(room: Room, settings: WorkerSettings, role: Role) -> Room:
 
 def _scheduler(settings: WorkerSettings, role: Role, pages: int, limits: Limits, identity: Identity, depth: int) -> Scheduler:
     book = PagePool(pages, identity.page_tokens, keep_cached=settings.prefix_reuse)
-    policy = "decode_first" if role == "prefill" else settings.policy
+    policy = OWN_POLICY.get(role, settings.policy)
     reuse = identity.fingerprint if settings.prefix_reuse else None
     return Scheduler(book, policy, limits, depth=depth, stages=settings.pp, reuse=reuse)
+
+
+OWN_POLICY: dict[Role, PolicyName] = {"prefill": "decode_first", "decode": "chunked"}
+"""Of the roles that do not share their engine. A decode computes the last page of a prompt with several answers, or all of it again where
+its pages have gone: beside the others' tokens, and in its turn."""
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from common.messages import Key, Sampling, Token
 from services.engine.plan import Began, Drawn, Granted, Preempted
 from services.engine.sequence import Sequence
-from tests.unit.test_scheduler import PAGE, Rig, names, shape
+from tests.unit.test_scheduler import PAGE, Rig, key, names, sequence, shape
 
 EIGHT = 2 * PAGE
 
@@ -111,3 +113,49 @@ def test_a_second_handoff_of_a_running_execution_brings_nothing() -> None:
     while rig.scheduler.keys():
         rig.step()
     assert rig.free == 40
+
+
+def test_a_family_that_must_run_alone_does() -> None:
+    """Its choices were counted as company: others were let in beside them."""
+    rig = Rig(40)
+    leader = family(EIGHT)
+    for one in (leader, *leader.forks):
+        one.alone = True
+    rig.submit(leader)
+    rig.submit(sequence("other", 4, order=1.0))
+    for _ in range(4):
+        assert "other" not in names(rig.step(), Began)
+    while len(rig.scheduler.keys()) > 1:
+        rig.step()
+    assert rig.scheduler.keys() == (key("other"),)
+
+
+@pytest.mark.parametrize(("order", "first"), [(2.0, "the choice"), (0.0, "the offer")])
+def test_a_choice_that_waits_for_a_page_is_not_passed_by_later_offers(order: float, first: str) -> None:
+    """It never started while others came, and its gateway believed that it ran."""
+    rig = Rig(5, growth=0)
+    rig.scheduler.reserve(("p", 0), family(3 * PAGE + 1, choices=2, most=3, order=1.0))
+    rig.scheduler.reserve(("p", 1), sequence("full", PAGE, order=0.5))
+    assert len(rig.step()) == 2 and rig.free == 0
+    rig.scheduler.admit(("p", 0), Token(0, 9))
+    assert rig.scheduler.snapshot().waiting == 1
+    rig.scheduler.reserve(("p", 2), sequence("later", PAGE, order=order))
+    rig.scheduler.lapse(("p", 1))
+    rig.scheduler.landed(("p", 1))
+    seen: list[str] = []
+    while len(seen) < 2:
+        for outcome in rig.step():
+            seen += ["the offer"] if isinstance(outcome, Granted) else ["the choice"] if names([outcome], Began) == ["1"] else []
+    assert seen[0] == first
+
+
+def test_a_decode_grants_no_more_than_it_has_places_for() -> None:
+    """Sequences beyond `max_batch` had pages and did not move."""
+    rig = Rig(40, batch=2)
+    for number in range(4):
+        rig.scheduler.reserve(("p", number), sequence(str(number), 4, order=float(number)))
+    assert [outcome.handoff for outcome in rig.step() if isinstance(outcome, Granted)] == [("p", 0), ("p", 1)]
+    rig.scheduler.admit(("p", 0), Token(0, 9))
+    assert not [outcome for outcome in rig.step() if isinstance(outcome, Granted)]
+    rig.scheduler.cancel(key("0"))
+    assert [outcome.handoff for outcome in rig.step() if isinstance(outcome, Granted)] == [("p", 2)]

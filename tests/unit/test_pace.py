@@ -42,3 +42,10 @@ def test_a_batch_that_never_changes_has_no_slope() -> None:
     for took_s in (0.1, 0.2, 0.1, 0.2):
         clocked.note(plan((120, 1), (120, 1)), took_s)
     assert clocked.pace.each_s == 0.0 and 0.1 < clocked.pace.step_s < 0.2
+
+
+def test_a_chunk_behind_the_prompt_of_a_resumed_request_is_no_step() -> None:
+    """What it had written before is computed again in long chunks: as steps of one sequence they made decoding look slow."""
+    clocked = Clocked()
+    clocked.note(plan((150, 64)), 0.45)
+    assert (clocked.pace.step_s, clocked.pace.prefill_rate) == (0.0, pytest.approx(64 / 0.45))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import BadRequest, NotFound, RequestError
 from common.messages import Sampling
+from gateway.ask import Ask
 from gateway.parameters import COMPLETION, Limits, Wish, parse
 from gateway.prompts import Model
 
@@ -50,6 +51,30 @@ def test_chat_uses_the_template_and_fills_the_context(model: Model) -> None:
     text = model._backend.decode(wish.asks[0].prompt, skip_special_tokens=False)
     assert text.endswith("<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n")
     assert wish.asks[0].max_tokens == 100 - len(wish.asks[0].prompt)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_default_is_never_more_than_the_key_has(model: Model, n: int) -> None:
+    def asked(minute_tokens: int, *, is_chat: bool, **fields: Any) -> list[Ask]:
+        body = {"model": NAME, "n": n, **({"messages": HELLO} if is_chat else {"prompt": "Hello"}), **fields}
+        return parse(json.dumps(body).encode(), model, Limits(100, 600.0, minute_tokens=minute_tokens), chat=is_chat).asks
+
+    for is_chat, fields in [(True, {}), (False, {}), (False, {"prompt": ["Hello", "Hello, world"]})]:
+        usual = asked(10**6, is_chat=is_chat, **fields)
+        prompts = sum(len(ask.prompt) for ask in usual)
+        for more in (0, 6, 20, 2000):
+            tight = asked(prompts + more, is_chat=is_chat, **fields)
+            share = more // (n * len(tight))
+            assert [ask.max_tokens for ask in tight] == [max(1, min(one.max_tokens, share)) for one in usual]
+    assert asked(1, is_chat=False, max_tokens=50)[0].max_tokens == 50, "what is named is for the key's meter to refuse"
+
+
+def test_more_answers_than_ever_run_at_once_are_refused_for_good(model: Model) -> None:
+    few = Limits(100, 600.0, most_running=4)
+    for fields, words in [({"n": 5}, "n must be from 1 to 4"), ({"n": 2, "prompt": ["a", "b", "c"]}, "there may be 4 answers")]:
+        with pytest.raises(BadRequest, match=words) as refused:
+            parse(json.dumps({"model": NAME, "prompt": "Hello", **fields}).encode(), model, few, chat=False)
+        assert refused.value.param == "n"
 
 
 def test_every_parameter_arrives(model: Model) -> None:
@@ -382,3 +407,16 @@ def test_nothing_but_request_errors(model: Model, fields: dict[str, Any], is_cha
         assert 400 <= error.status < 500
     else:
         assert wish.asks[0].prompt and wish.asks[0].max_tokens >= 1
+
+
+def test_a_text_that_names_a_token_without_an_embedding_is_refused(smollm2: Path, tmp_path: Path) -> None:
+    """Models are published with tokens that were added to the tokenizer only: the id was read beyond the embedding."""
+    for file in smollm2.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((smollm2 / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 1000}))
+    small = Model(tmp_path, NAME)
+    assert small.encode("a")
+    with pytest.raises(BadRequest, match="does not have"):
+        small.encode("Antarctica")

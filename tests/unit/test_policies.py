@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.engine.policies import POLICIES, Limits, Policy, Share, chunked, decode_first, prefill_first
+from services.engine.policies import LEAST_TOKENS, POLICIES, Limits, Policy, Share, chunked, decode_first, prefill_first
 
 LIMITS = Limits(budget_tokens=100, chunk_tokens=60, max_batch=8)
 
@@ -53,8 +53,10 @@ def test_chunked(lacking: list[int], running: int, share: Share) -> None:
     assert chunked(lacking, running, LIMITS) == share
 
 
-def test_chunked_gives_prompts_nothing_when_running_sequences_fill_the_budget() -> None:
-    assert chunked([50], 10, Limits(budget_tokens=4, chunk_tokens=4, max_batch=8)) == Share(8, ())
+def test_chunked_gives_a_prompt_a_little_though_running_sequences_fill_the_budget() -> None:
+    """Or it would never begin while as many run."""
+    assert chunked([50], 10, Limits(budget_tokens=4, chunk_tokens=4, max_batch=8)) == Share(8, (4,))
+    assert chunked([50, 9], 64, Limits(budget_tokens=64, chunk_tokens=64, max_batch=64)) == Share(64, (LEAST_TOKENS,))
 
 
 @pytest.mark.parametrize("numbers", [(0, 1, 1, 1), (1, 0, 1, 1), (1, 1, 0, 1), (1, 1, 1, -1)])

@@ -294,3 +294,14 @@ def test_a_distribution_with_one_possible_token() -> None:
     logits = torch.full((5, 9), float("-inf"))
     logits[:, 6] = 0
     assert {one.id for one in draw(logits, [row(i, temperature=1.0, top_p=t) for i, t in enumerate((1.0, 0.5, 0.1, 0.99, 1.0))])} == {6}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_still_draw_a_token_and_disturb_nobody(sampling: dict[str, Any], value: float) -> None:
+    """The id behind the last one was drawn, and read beyond the embedding; or the whole launch failed."""
+    logits = torch.randn(2, 50)
+    healthy = draw(logits[1:], [row(index=1, **sampling)])[0].id
+    logits[0, 7] = value
+    broken, other = draw(logits, [row(**sampling), row(index=1, **sampling)])
+    assert 0 <= broken.id < 50 and other.id == healthy

@@ -94,10 +94,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             Sampling(),
             accepted + facts["more"],
             frozenset({STOP}),
-            float(facts["order"]),
-            parks,
-            facts["reserve_all"],
-            facts["alone"],
+            order=float(facts["order"]),
+            parks=parks,
+            reserve_all=facts["reserve_all"],
+            alone=facts["alone"],
         )
 
     def fits(self, sequence: Sequence) -> bool:
@@ -350,7 +350,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def alone_means_alone(self) -> None:
-        started = [known.sequence for known in self.here.values() if self.entered(known)]
+        started = [known.sequence for known in self.here.values() if self.entered(known) and not known.parked]
         inside = [*started, *(known.sequence for known in self.leaving()), *(sequence for sequence, _ in self.granted.values())]
         if any(sequence.alone for sequence in inside):
             # A grant taken up after a lapse comes back beside whatever has started meanwhile.

@@ -178,6 +178,16 @@ def test_pages_that_never_leave_condemn_their_link() -> None:
     assert any(isinstance(action, moves.Send) and isinstance(action.body, Offer) and action.body.handoff > 1 for action in actions)
 
 
+@pytest.mark.parametrize(("more", "moves_on"), [({}, True), ({"alone": True}, False), ({"reserve_all": True}, False)], ids=str)
+def test_an_offer_that_needs_an_empty_decode_keeps_its_place(more: dict[str, object], moves_on: bool) -> None:
+    """Every five seconds it went to the end of the other decode's line, where it was passed again."""
+    ways = Handoffs(4, random.Random(1))
+    ways.decodes({"d": LOAD, "e": LOAD})
+    ways.begin(KEY, replace(job(), **more), 3, [], (0,), 0.0)
+    actions = [action for second in range(1, 12) for action in ways.tick(float(second))]
+    assert any(isinstance(action, moves.Send) and isinstance(action.body, Withdraw) for action in actions) is moves_on
+
+
 @pytest.mark.parametrize("pages", [[], [0, 1], [-1, -1, -1]], ids=str)
 def test_a_grant_of_other_pages_than_were_asked_for_is_no_grant(pages: list[int]) -> None:
     """It ended the process, by an index beyond the list."""
