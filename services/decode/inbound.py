@@ -17,7 +17,7 @@ from services.engine.pages import HASH_BYTES
 from services.engine.plan import Handoff
 from services.engine.sequence import Sequence
 from services.transfer.protocol import Arrived, Posted
-from services.worker.jobs import sequence_of, unfit
+from services.worker.jobs import leader, sequence_of, unfit
 
 LAND_S = 10.0
 """An abandoned grant that has not landed this long after nothing was in front of it any more never will on this link: a page is stuck in
@@ -315,10 +315,13 @@ class Inbound:
         if wrong is not None:
             self.rejections += 1
             return [*self._abandon(handoff, arrival), Send(handoff[0], Rejected(handoff[1], *wrong))]
+        first, due = word.tokens[0][1], leader(arrival.offer.job).index
+        if first.index != due:
+            return [*self._abandon(handoff, arrival), Send(handoff[0], Refused(handoff[1], f"token {first.index} where {due} is due"))]
         del self._by_grant[arrival.grant]
         arrival.stage = Stage.COMMITTED
         transfer_s = word.spent_s + now - arrival.word_at
-        return [Commit(handoff, arrival.offer, word.tokens[0][1], transfer_s), Send(handoff[0], Committed(handoff[1]))]
+        return [Commit(handoff, arrival.offer, first, transfer_s), Send(handoff[0], Committed(handoff[1]))]
 
     def _abandon(self, handoff: Handoff, arrival: Arrival) -> list[Action]:
         match arrival.stage:

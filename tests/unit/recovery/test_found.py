@@ -231,6 +231,18 @@ def test_a_second_commit_of_what_runs_already_leaves_its_words_alone() -> None:
     assert core.runs.outbox.holding("g") == [Holding(KEY, 2, False, False)]
 
 
+def test_a_first_token_that_is_not_the_next_one_is_refused() -> None:
+    """It ended the engine's thread, and with it the decode."""
+    core = decode()
+    core.letter("p", offer(1), 0.0)
+    core.outcome(EngineGranted(("p", 1), (1,)), 0.2)
+    core.posted(Posted(1, (RANK,)), 0.2)
+    core.letter("p", Pushed(1, 1, [(0, Token(5, 5))], [[1]]), 0.3)
+    actions = core.arrived(Arrived(1, ((1,),)), 0.4)
+    assert not [action for action in actions if isinstance(action, inbound.Commit)] and not len(core.runs)
+    assert [action.body for action in actions if isinstance(action, inbound.Send)] == [Refused(1, "token 5 where 0 is due")]
+
+
 def test_what_is_in_transit_when_a_decode_drains_goes_elsewhere() -> None:
     core = decode()
     core.letter("p", offer(1), 0.0)
