@@ -85,5 +85,6 @@ def set_up(name: str, level: str = "info", style: str = "text") -> None:
     handler.setFormatter(_Json() if style == "json" else _Text())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
-    for foreign in ("transformers", "httpx", "httpcore", "uvicorn.access"):
+    # uvicorn.error warns of what clients send, as often as they send it: anyone could fill the log.
+    for foreign in ("transformers", "httpx", "httpcore", "uvicorn.access", "uvicorn.error"):
         logging.getLogger(foreign).setLevel(logging.ERROR)

@@ -277,6 +277,8 @@ class GatewayBeat(Struct, frozen=True, tag=True):
     """Per held execution: events are acknowledged up to this index; True: its last event too, the worker may forget it."""
     waiting_tokens: list[int] = []
     """Prompt tokens of this gateway's requests that no worker has started yet, by class of the queue."""
+    launched: list[Key] = []
+    """Suspects that the receiver has said it launches: a death of it now is one in their launch."""
 
 
 class Cancel(Struct, frozen=True, tag=True):

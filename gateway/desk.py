@@ -23,7 +23,7 @@ from common.refusals import Refusals
 from common.seal import Seal
 from common.tokens import TokenSubscriber
 from gateway.ask import Ask, Timeline, Update
-from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
+from gateway.flight import Action, Bury, Confirm, End, Put, Remove, Show, Tell
 from gateway.forecast import MOST_WAIT_S, Bounds, Forecast
 from gateway.ledger import AGAIN_S, FlightId, Ledger
 from gateway.writer import QueueWriter
@@ -117,6 +117,14 @@ class LiveDesk:
         return self._draining
 
     @property
+    def away(self) -> bool:
+        return self._fleet.away
+
+    @property
+    def most_running(self) -> int:
+        return self._max_running
+
+    @property
     def recoveries(self) -> int:
         """Attempts started anew since the start."""
         return self._ledger.recoveries
@@ -173,7 +181,7 @@ class LiveDesk:
     def _admit(self, ask: Ask) -> None:
         if self._draining:
             raise Unavailable("the gateway is shutting down: ask another one", retry_after_s=AGAIN_S)
-        if self._fleet.away:
+        if self.away:
             raise Unavailable("the job queue cannot be reached: try again later", retry_after_s=AGAIN_S)
         identity = self._identity
         roles = self.roles()
@@ -294,8 +302,15 @@ class LiveDesk:
     def _beat_to(self, worker: Incarnation) -> None:
         if self._identity is None:
             return
-        seen, fingerprint = self._ledger.seen(worker), self._identity.fingerprint
-        beat = GatewayBeat(self._sequence, self._subscriber.address, self._fleet_name, fingerprint, PROTOCOL, seen, self._waiting_tokens)
+        beat = GatewayBeat(
+            self._sequence,
+            self._subscriber.address,
+            self._fleet_name,
+            self._identity.fingerprint,
+            seen=self._ledger.seen(worker),
+            waiting_tokens=self._waiting_tokens,
+            launched=self._ledger.launched(worker),
+        )
         self._control.send(worker, beat)
 
     async def _judge_forever(self) -> None:
@@ -325,6 +340,8 @@ class LiveDesk:
                     self._writer.add(action)
                 case Tell(to, body):
                     self._control.send(to, body)
+                case Confirm(to):
+                    self._beat_to(to)
                 case Show(request_id, choice, tokens):
                     if (answer := self._answers.get((request_id, choice))) is not None:
                         answer.put(Update(tokens))

@@ -42,6 +42,13 @@ class Tell:
 
 
 @dataclass(frozen=True, slots=True)
+class Confirm:
+    """Send a beat to this worker at once: it waits to hear that it is known to launch a suspect."""
+
+    to: Incarnation
+
+
+@dataclass(frozen=True, slots=True)
 class Show:
     """New tokens for the client, each once and in order."""
 
@@ -69,7 +76,7 @@ class Bury:
     reason: str
 
 
-Action: TypeAlias = Put | Remove | Tell | Show | End | Bury
+Action: TypeAlias = Put | Remove | Tell | Confirm | Show | End | Bury
 
 
 # -------------------------------------------------------------------------------------------------------------- flight

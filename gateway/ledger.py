@@ -35,7 +35,7 @@ from common.messages import (
 from common.names import CLASSES, DEAD_S
 from common.queue import Absent, Entry, EntryState, Pending
 from gateway.ask import Ask, Timeline
-from gateway.flight import Action, Bury, End, Flight, Put, Remove, Show, Tell
+from gateway.flight import Action, Bury, Confirm, End, Flight, Put, Remove, Show, Tell
 from gateway.forecast import Load
 
 FlightId: TypeAlias = tuple[str, int]
@@ -45,6 +45,8 @@ AGAIN_S = 2.0
 """Who is refused because Redis or the workers are away comes back after this."""
 EARLY_S = 1.0
 """A worker may find a deadline passed this long before it has by our clock; earlier, its clock or Redis' has jumped."""
+PROGRESS = 16
+"""Tokens that an attempt has brought: its end is no sign that the request kills."""
 ALONE_AT = 2
 """Deaths during a launch of the request after which it runs alone; one more ends it (rule 11)."""
 
@@ -149,7 +151,7 @@ class Ledger:
                 flight.launched[sender] = True  # it is said as the launch begins; the next beat may come too late
                 flight.transferred(event.transfer_s)
                 flight.reused(event.reused_tokens)
-                return []
+                return [Confirm(sender)] if flight.suspects else []
             case Tokens():
                 flight.launched[sender] = self._roles.get(sender) != "prefill"
                 flight.spent(self._roles.get(sender), event, now)
@@ -187,6 +189,10 @@ class Ledger:
             (flight.key, flight.index, False) for flight in self._flights.values() if worker in flight.holders and flight.key not in finals
         ]
         return running + [(key, 0, True) for key in finals]
+
+    def launched(self, worker: Incarnation) -> list[Key]:
+        """For the next beat to this worker: suspects of which it has said that it launches them (rule 11)."""
+        return [flight.key for flight in self._flights.values() if flight.suspects and flight.launched.get(worker)]
 
     def tick(self, now: float) -> list[Action]:
         """Everything that time alone brings about: deadlines, puts to repeat, holders that have stopped speaking of a request.
@@ -379,12 +385,14 @@ class Ledger:
         self, flight: Flight, now: float, *, suspect: str | None = None, heard: bool = True, silent_since: float | None = None
     ) -> list[Action]:
         """A new attempt behind the accepted ids, in one step (rule 2). `suspect`: what seems to have died of it (rule 11), `heard`: it had
-        said that it launches it. A death without a word counts if it is the first: the launch of a suspect is announced. `silent_since`:
-        the last word of who fell silent."""
+        said that it launches it. A death without a word counts if it is the first: the launch of a suspect is announced. So does one after
+        `PROGRESS` tokens: what kills its worker comes no further each time, and who lives long meets many deaths. `silent_since`: the last
+        word of who fell silent."""
         self.recoveries += 1
         actions = self._let_go(flight)
+        kills = heard and flight.index - flight.first_index < PROGRESS
         flight.next_attempt(now)
-        if suspect is not None and (heard or not flight.suspects):
+        if suspect is not None and (kills or not flight.suspects):
             flight.suspects.add(suspect)
         if flight.suspicion > ALONE_AT:
             job = flight.job(self._gateway, self._tokens_address, self._riders(flight), now)

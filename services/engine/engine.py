@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from common.logs import get_logger
@@ -16,9 +16,8 @@ from services.engine.scheduler import Scheduler
 
 log = get_logger(__name__)
 
-ANNOUNCE_S = 0.1
-"""A suspect's first launch waits so long for the word that it begins to leave this process: only then a death in it is known for one.
-Nobody says when a message has left; in this time it has."""
+CONFIRM_S = 2.0
+"""A suspect's first launch waits at most so long for its gateway to say that it knows of it: only then a death in it is known for one."""
 
 
 class Runner(Protocol):
@@ -54,6 +53,8 @@ class Engine:
         self._wake = threading.Condition()
         self._stopping = False
         self._under_way: deque[tuple[Plan, Any]] = deque()
+        self._unconfirmed: set[Key] = set()
+        """Suspects whose launch waits for their gateways' word."""
         self._thread = threading.Thread(target=self._live, name=f"engine-{name}", daemon=True)
         self.snapshot = scheduler.snapshot()
         """The latest, from any thread: while a launch is under way it says so."""
@@ -79,6 +80,12 @@ class Engine:
         """Have a command of the scheduler applied between two steps, in the order of posting. From any thread; never blocks."""
         self._inbox.append((command, arguments))
         with self._wake:
+            self._wake.notify()
+
+    def confirm(self, keys: Iterable[Key]) -> None:
+        """Their gateways know that these are launched here. From any thread."""
+        with self._wake:
+            self._unconfirmed.difference_update(keys)
             self._wake.notify()
 
     def stop(self, timeout_s: float) -> bool:
@@ -123,12 +130,20 @@ class Engine:
         self._under_way.append((plan, None))
         self._report()
         if plan.announced:
-            time.sleep(ANNOUNCE_S)
+            self._await(set(plan.announced))
         try:
             self._under_way[-1] = (plan, self._runner.launch(plan))
         except Exception as error:
             self._under_way.pop()
             self._failed(plan, error)
+
+    def _await(self, suspects: set[Key]) -> None:
+        give_up = time.monotonic() + CONFIRM_S
+        with self._wake:
+            self._unconfirmed = suspects
+            while self._unconfirmed and not self._stopping and (left_s := give_up - time.monotonic()) > 0:
+                self._wake.wait(left_s)
+            self._unconfirmed = set()
 
     def _collect(self) -> None:
         """The launch stays visible as under way until its outcome is known to the scheduler."""

@@ -37,7 +37,7 @@ class Plan(Struct, frozen=True, gc=False):
 
     number: int
     chunks: tuple[Chunk, ...]
-    announced: bool = False
+    announced: tuple[Key, ...] = ()
     """The prompt of a suspect begins in it: that must be known elsewhere before it is launched."""
 
 

@@ -122,7 +122,7 @@ class Scheduler:
             runs.append(run)
         if not chunks:
             return None
-        announced = False
+        announced: list[Key] = []
         for run, chunk in zip(runs, chunks, strict=True):
             run.flights += 1
             run.ahead += chunk.draws
@@ -130,12 +130,13 @@ class Scheduler:
             sequence.planned += chunk.tokens
             if not sequence.began:
                 sequence.began = True
-                announced = announced or (sequence.suspect and chunk.start < run.known)
+                if sequence.suspect and chunk.start < run.known:
+                    announced.append(sequence.key)
                 self._outcomes.append(Began(sequence.key, tuple(sequence.pages), sequence.reused, tuple(sequence.hashes)))
                 if sequence.reused:
                     self._outcomes.append(Computed(sequence.key, sequence.reused, tuple(sequence.pages)))
         self._planned += 1
-        plan = Plan(self._planned, tuple(chunks), announced)
+        plan = Plan(self._planned, tuple(chunks), tuple(announced))
         self._flights.append((plan, runs))
         return plan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 from msgspec.structs import replace
@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 class Gateways:
     """Outbox, token sockets and liveness of gateways in one place. Callbacks: an execution is cancelled, or over and acknowledged; a
-    gateway has said which executions it knows."""
+    gateway has said which executions it knows, and which it knows to be launched."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Gateways:
         *,
         on_cancel: Callable[[Key], None],
         on_over: Callable[[Key], None],
-        on_seen: Callable[[], None],
+        on_seen: Callable[[Sequence[Key]], None],
         seal: Seal | None = None,
         fault: MessageFault = NONE,
     ) -> None:
@@ -117,4 +117,4 @@ class Gateways:
         self._waiting[gateway] = beat.waiting_tokens
         for key in self.outbox.seen(beat.seen):
             self._on_over(key)
-        self._on_seen()
+        self._on_seen(beat.launched)

@@ -240,8 +240,9 @@ class Worker(ABC, Generic[A]):
         self._settle()
         self.woken()
 
-    def _seen(self) -> None:
+    def _seen(self, launched: Sequence[Key]) -> None:
         self.do(self.runs.acknowledged())
+        self.engine.confirm(launched)
 
     def _settle(self) -> None:
         if len(self.gateways.outbox) or not self._acknowledged.empty():

@@ -21,7 +21,7 @@ from common.messages import (
 from common.names import BEAT_S
 from common.queue import Entry
 from gateway.ask import Ask
-from gateway.flight import Action, Bury, End, Put, Remove, Show, Tell
+from gateway.flight import Action, Bury, Confirm, End, Put, Remove, Show, Tell
 from gateway.ledger import Ledger
 from tests.unit.recovery.decodes import Decode
 from tests.unit.recovery.fabric import Process, undisturbed
@@ -130,8 +130,9 @@ class Gateway(Process):
         self.world.clock.after(BEAT_S, lambda: self.deliver("timer", self.beat_forever))
 
     def _beat_to(self, worker: Incarnation) -> None:
-        seen = self.ledger.seen(worker)
-        self.world.control(self, worker, GatewayBeat(self._sequence, f"tokens of {self.name}", FLEET, FINGERPRINT, PROTOCOL, seen))
+        seen, launched = self.ledger.seen(worker), self.ledger.launched(worker)
+        beat = GatewayBeat(self._sequence, f"tokens of {self.name}", FLEET, FINGERPRINT, PROTOCOL, seen, launched=launched)
+        self.world.control(self, worker, beat)
 
     def judge_forever(self) -> None:
         entries = self.ledger.entries()
@@ -155,6 +156,8 @@ class Gateway(Process):
                     self._write(lambda job=job: self.world.queue.dead_letters.append(job))
                 case Tell(to, body):
                     self.world.control(self, to, body)
+                case Confirm(to):
+                    self._beat_to(to)
                 case Show(request_id, choice, tokens):
                     self.clients[client_name(request_id, choice)].take(tokens, self.world.now)
                 case End(request_id, choice, tokens, finish, error):

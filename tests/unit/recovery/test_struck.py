@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from common.errors import RequestError
-from common.messages import Job, Key, Lost, Sampling, Started, Token, Tokens, WorkerBeat
+from common.messages import Holding, Job, Key, Lost, Sampling, Started, Token, Tokens, WorkerBeat
 from common.queue import Entry, Pending
 from gateway.ask import Ask
-from gateway.flight import Action, End, Put
-from gateway.ledger import Ledger
+from gateway.flight import Action, Confirm, End, Put
+from gateway.ledger import PROGRESS, Ledger
 
 ASK = Ask([1, 2, 3], Sampling(seed=1), 12)
 
@@ -127,3 +127,37 @@ def test_silence_while_the_gateway_itself_was_stopped_proves_nothing() -> None:
     assert ledger.tick(9.0) == []
     assert [ledger.tick(9.0 + 0.5 * n) for n in range(1, 5)] == [[]] * 4
     assert jobs(ledger.tick(11.5)), "from then on it counts"
+
+
+def test_the_launch_of_a_suspect_is_confirmed_at_once() -> None:
+    """Its worker waits for that: a death before it cannot have been in the launch."""
+    ledger = opened()
+    ledger.join("p", "prefill")
+    ledger.put("r", 0, 1, Entry("interactive", "1-0"))
+    assert ledger.event("p", Started(Key("r", 0, 1, "e")), 1.0) == [] == ledger.launched("p"), "nobody has died with it yet"
+    ledger.dead("p", 3.0)
+    ledger.join("q", "prefill")
+    key = Key("r", 0, 2, "f")
+    ledger.event("q", WorkerBeat("prefill", 1, 0, False, 1.0, 0, 0, 0, 0, holding=[Holding(key, 0, False, False)]), 4.0)
+    assert ledger.launched("q") == [], "known there, not launched"
+    assert ledger.event("q", Started(key), 4.1) == [Confirm("q")]
+    assert ledger.launched("q") == [key] and ledger.launched("p") == []
+    ledger.event("q", Tokens(key, [Token(0, 7)]), 4.2)
+    assert ledger.launched("q") == []
+
+
+def test_a_long_answer_that_meets_many_deaths_is_no_poison() -> None:
+    """What kills comes no further each time; ten minutes of faults ended a request that had only been there long enough."""
+    ledger = Ledger("g", "tcp://g")
+    ledger.open("r", Ask([1, 2, 3], Sampling(seed=1), 1000), 0.0)
+    suspicions = []
+    for attempt in range(1, 6):
+        prefill, decode, key = f"p{attempt}", f"d{attempt}", Key("r", 0, attempt, "e")
+        ledger.join(prefill, "prefill")
+        ledger.join(decode, "decode")
+        ledger.event(prefill, Started(key), 10.0 * attempt)
+        ledger.event(decode, Started(key), 10.0 * attempt)
+        first = PROGRESS * (attempt - 1)
+        ledger.event(decode, Tokens(key, [Token(index, 7) for index in range(first, first + PROGRESS)]), 10.0 * attempt + 1)
+        suspicions += [job.suspicion for job in jobs(ledger.dead(decode, 10.0 * attempt + 3))]
+    assert suspicions == [1] * 5
