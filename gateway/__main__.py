@@ -15,6 +15,7 @@ from gateway.access import access_of, origins_of
 from gateway.app import Bounds, create_app
 from gateway.desk import LiveDesk
 from gateway.forecast import Bounds as Acceptable
+from gateway.local import local_names
 from gateway.metrics import Metrics
 from gateway.prompts import Model
 from gateway.server import GRACE_S, HttpServer, check_open
@@ -25,7 +26,9 @@ BODY_S = 30.0
 async def main(settings: GatewaySettings, service: Service) -> None:
     access = access_of(settings)
     origins = origins_of(settings.cors_origins)
-    check_open(settings.http_host, keys=access is not None, anyone=settings.allow_anonymous == "anyone")
+    anyone = settings.allow_anonymous == "anyone"
+    check_open(settings.http_host, keys=access is not None, anyone=anyone)
+    names = local_names(settings.http_host) if access is None and not anyone else None
     model = await asyncio.to_thread(Model, settings.model, settings.model_name)
     redis = connect(settings.redis_url, settings.redis_ca_file)
     metrics = Metrics()
@@ -44,7 +47,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
     )
     bounds = Bounds(settings.max_body_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)
     server = HttpServer(
-        create_app(desk, model, bounds, metrics, access, origins),
+        create_app(desk, model, bounds, metrics, access, origins, names),
         settings.http_host,
         settings.http_port,
         write_s=settings.write_timeout_s,

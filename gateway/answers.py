@@ -19,6 +19,7 @@ from gateway.ask import Desk
 from gateway.bodies import read_body
 from gateway.chorus import Chorus
 from gateway.gate import METER
+from gateway.limits import Meter
 from gateway.metrics import Metrics
 from gateway.parameters import Limits, Wish, parse
 from gateway.prompts import Model
@@ -62,8 +63,9 @@ class Answers:
         """Raises RequestError for everything that is known before the first byte of the answer."""
         try:
             body = await read_body(request, self._bounds.max_body_bytes, self._bounds.body_s)
-            wish = await self._wish(body, chat=chat)
-            tab = Tab(request.scope.get(METER), wish.asks, time.monotonic())
+            meter = request.scope.get(METER)
+            wish = await self._wish(body, meter, chat=chat)
+            tab = Tab(meter, wish.asks, time.monotonic())
             chorus = self._chorus(wish, tab)
         except RequestError as error:
             self._metrics.refused(outcome(error))
@@ -74,12 +76,13 @@ class Answers:
             return await self._streamed(request, said, wish, form)
         return await self._whole(request, said, wish, form)
 
-    async def _wish(self, body: bytes, *, chat: bool) -> Wish:
+    async def _wish(self, body: bytes, meter: Meter | None, *, chat: bool) -> Wish:
         identity = self._desk.identity
         context = self._model.context_tokens
         if identity is not None:
             context = min(context, identity.context_tokens, identity.max_request_pages * identity.page_tokens)
-        limits = Limits(context, self._bounds.deadline_s)
+        allowed = meter.most_tokens if meter is not None else None
+        limits = Limits(context, self._bounds.deadline_s, self._desk.most_running, allowed)
         if len(body) > THREAD_BYTES:
             return await asyncio.to_thread(parse, body, self._model, limits, chat=chat)
         return parse(body, self._model, limits, chat=chat)
@@ -167,8 +170,7 @@ class _Said:
             return
         self._closed = True
         self.chorus.cancel()
-        used = self.chorus.usage
-        self._tab.settle(used.prompt_tokens + used.completion_tokens, time.monotonic())
+        self._tab.settle(self.chorus.computed_tokens, time.monotonic())
         for choice, speech in enumerate(self.chorus.speeches):
             prompt_tokens = speech.usage.prompt_tokens if self.chorus.leads(choice) else 0
             self._metrics.ended(speech.finish or self._outcome, speech.timeline.settled(), prompt_tokens, speech.usage.completion_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,15 +17,16 @@ from starlette.routing import Route
 from common.errors import NotFound, RequestError, TooLarge
 from common.logs import get_logger
 from gateway.answers import Answers, Bounds
-from gateway.ask import Desk
+from gateway.ask import Desk, lacking
 from gateway.bodies import Slow
 from gateway.gate import Access, Gate
 from gateway.keys import Unauthorized
+from gateway.local import Local
 from gateway.metrics import Metrics
 from gateway.openapi import METRICS, OPERATIONS, Operation, document
 from gateway.page import Page
 from gateway.prompts import Model
-from gateway.replies import error_body, model_body
+from gateway.replies import ALIVE, error_body, model_body
 from gateway.reply_schemas import Schema
 from gateway.speech import Broken
 from gateway.tokenize import Tokenizer
@@ -66,15 +67,12 @@ class Api:
 
     async def health(self, request: Request) -> Response:
         """The process lives."""
-        return JSONResponse({"status": "ok"})
+        return JSONResponse(ALIVE)
 
     async def ready(self, request: Request) -> Response:
         """200 if a request could be served now; else 503 and what is lacking."""
-        roles = self._desk.roles()
-        missing = [] if roles.get("colocated") else [role for role in ("prefill", "decode") if not roles.get(role)]
-        missing += [] if self._desk.identity is not None else ["identity"]
-        missing += ["gateway"] if self._desk.draining else []
-        body = {"ready": not missing, "workers": roles, "missing": missing}
+        missing = lacking(self._desk)
+        body = {"ready": not missing, "workers": self._desk.roles(), "missing": missing}
         return JSONResponse(body, status_code=503 if missing else 200)
 
     async def metrics(self, request: Request) -> Response:
@@ -141,12 +139,14 @@ def create_app(
     metrics: Metrics,
     access: Access | None = None,
     origins: Sequence[str] = (),
+    names: Collection[str] | None = None,
 ) -> Starlette:
-    """`access`: None serves everybody. `origins`: whose web pages may call the API; none by default, "*" stands for all."""
+    """`access`: None serves everybody. `origins`: whose web pages may call the API; none by default, "*" stands for all. `names`: of this
+    host, if only it is to be served (gateway/local.py); None: whatever reaches the port."""
     api = Api(desk, model, bounds, metrics)
     page = Page(desk, metrics.recent, model.name)
     endpoints = {**api.endpoints, "fleet": page.fleet}
-    api.description = document(OPERATIONS.values(), model, bounds.deadline_s, keyed=access is not None)
+    api.description = document(OPERATIONS.values(), model, bounds.deadline_s, keyed=access is not None, local=names is not None)
 
     def route(operation: Operation) -> Route:
         gate = [] if access is None or operation.open else [Middleware(Gate, access, metrics, metered=operation.metered)]
@@ -154,7 +154,10 @@ def create_app(
 
     return Starlette(
         routes=[*map(route, OPERATIONS.values()), *page.files()],
-        middleware=[cross_origin(origins)] if origins else [],
+        middleware=[
+            *([Middleware(Local, names, origins)] if names is not None else []),
+            *([cross_origin(origins)] if origins else []),
+        ],
         exception_handlers={
             RequestError: _request_error,
             HTTPException: _http_error,

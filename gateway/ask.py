@@ -64,6 +64,10 @@ class Answer(Protocol):
 
     timeline: Timeline
 
+    @property
+    def tokens(self) -> int:
+        """The prompt's, and of the answer those that have come so far, whether or not anybody has taken them."""
+
     def __aiter__(self) -> AsyncIterator[Update]: ...
 
     def cancel(self) -> None:
@@ -80,6 +84,14 @@ class Desk(Protocol):
     @property
     def draining(self) -> bool:
         """It takes no more asks."""
+
+    @property
+    def away(self) -> bool:
+        """Whether Redis is: no ask is taken meanwhile."""
+
+    @property
+    def most_running(self) -> int:
+        """Answers that it accepts at once."""
 
     def roles(self) -> dict[str, int]:
         """Live workers by role, those that drain not counted."""
@@ -105,3 +117,12 @@ class Desk(Protocol):
         than the fleet allows).
 
         Answers that are not wanted any more must be cancelled, the last choice first: the others may depend on the first one."""
+
+
+def lacking(desk: Desk) -> list[str]:
+    """What an ask would be refused for now: roles without a live worker, `identity`, `gateway` while it drains, `redis`. Empty: nothing."""
+    roles = desk.roles()
+    missing = [] if roles.get("colocated") else [role for role in ("prefill", "decode") if not roles.get(role)]
+    missing += [] if desk.identity is not None else ["identity"]
+    missing += ["gateway"] if desk.draining else []
+    return missing + (["redis"] if desk.away else [])

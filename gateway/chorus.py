@@ -25,9 +25,22 @@ class Chorus:
     @property
     def usage(self) -> Usage:
         """Each prompt is counted once, however many answers it gets."""
-        leading = self.speeches[:: self._n]
-        prompts, cached = sum(s.usage.prompt_tokens for s in leading), sum(s.timeline.cached_tokens for s in leading)
-        return Usage(prompts, sum(speech.usage.completion_tokens for speech in self.speeches), cached)
+        cached = sum(speech.timeline.cached_tokens for speech in self._leading)
+        return Usage(self._prompt_tokens, sum(speech.usage.completion_tokens for speech in self.speeches), cached)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Prompts and answers as far as the fleet has come: what a client does not take has cost no less."""
+        return self._prompt_tokens + sum(speech.computed_tokens for speech in self.speeches)
+
+    @property
+    def _leading(self) -> list[Speech]:
+        """The first answer to each prompt."""
+        return self.speeches[:: self._n]
+
+    @property
+    def _prompt_tokens(self) -> int:
+        return sum(speech.usage.prompt_tokens for speech in self._leading)
 
     def leads(self, choice: int) -> bool:
         """Whether this is the first answer to its prompt."""
@@ -59,6 +72,7 @@ class Chorus:
                 else:
                     yield word
         finally:
+            self.cancel()  # before the tasks, which would cancel the first one first
             for task in telling:
                 task.cancel()
             await asyncio.gather(*telling, return_exceptions=True)

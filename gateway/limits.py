@@ -50,7 +50,8 @@ class Meter:
         self.running = 0
         self.priority = priority
         self._most_running = most_running
-        self._most_tokens = most_tokens
+        self.most_tokens = most_tokens
+        """Within a minute."""
         self._taken: deque[float] | None = None if most_a_minute is None else deque(maxlen=most_a_minute)
         self._seconds: deque[tuple[int, int]] = deque()
         """(second, tokens taken in it), ascending."""
@@ -82,7 +83,7 @@ class Meter:
     def take_tokens(self, tokens: int, now: float) -> None:
         """Count tokens in: prompts, and all that the answers may have. Raises Limited, and then nothing was counted, with a `retry_after_s`
         after which there is room for certain; or BadRequest for more than a minute ever has."""
-        most = self._most_tokens
+        most = self.most_tokens
         if most is None:
             return
         if tokens > most:
@@ -98,7 +99,7 @@ class Meter:
 
     def return_tokens(self, tokens: int, taken_at: float, now: float) -> None:
         """Of those that were taken then, these have not been used."""
-        if self._most_tokens is not None:
+        if self.most_tokens is not None:
             self._forget(now)
             self._note(int(taken_at), -tokens)
 

@@ -48,6 +48,9 @@ class Operation:
         return self.method == "POST"
 
 
+READY = (
+    "Whether a request could be served now, and what is lacking: a role, identity (no worker has ever joined), gateway (it drains), redis"
+)
 ANSWERS = (400, 404, 408, 413, 429, 500, 503)
 CHECKS = (400, 404, 408, 413, 500)
 OBJECTIVES = (
@@ -70,7 +73,7 @@ _ALL = (
     Operation("demand", "GET", "/fleet/demand", "Lengths and times of the last requests, for the planner", "Demand"),
     Operation("metrics", "GET", "/metrics", "Figures for Prometheus", None, media=METRICS),
     Operation("health", "GET", "/health", "The process lives", "Health", open=True),
-    Operation("ready", "GET", "/ready", "Whether a request could be served now, and what is lacking", "Ready", open=True, errors=(503,)),
+    Operation("ready", "GET", "/ready", READY, "Ready", open=True, errors=(503,)),
     Operation("openapi", "GET", "/openapi.json", "This description", "Any", open=True),
 )
 OPERATIONS = {operation.path: operation for operation in _ALL}
@@ -78,6 +81,7 @@ OPERATIONS = {operation.path: operation for operation in _ALL}
 ERRORS = {
     400: "The request must be changed as the message says",
     401: "An API key is needed, or this one is not known",
+    403: "Without keys this host only is served, and no web page of another origin",
     404: "There is no such model or path",
     408: "The body was not complete in time",
     413: "The body is too large",
@@ -87,11 +91,12 @@ ERRORS = {
 }
 
 
-def document(served: Iterable[Operation], model: Model, deadline_s: float, *, keyed: bool) -> Schema:
-    """The OpenAPI 3.1 description of a gateway that serves these operations for this model. `keyed`: it asks for keys."""
+def document(served: Iterable[Operation], model: Model, deadline_s: float, *, keyed: bool, local: bool = False) -> Schema:
+    """The OpenAPI 3.1 description of a gateway that serves these operations for this model. `keyed`: it asks for keys. `local`: it serves
+    this host only."""
     paths = {
-        operation.path.replace(":path}", "}"): {operation.method.lower(): _operation(operation, model, deadline_s, keyed=keyed)}
-        for operation in served
+        one.path.replace(":path}", "}"): {one.method.lower(): _operation(one, model, deadline_s, keyed=keyed, local=local)}
+        for one in served
     }
     components: Schema = {"schemas": {**reply_schemas(), "Any": {"type": "object"}}}
     if keyed:
@@ -104,9 +109,10 @@ def document(served: Iterable[Operation], model: Model, deadline_s: float, *, ke
     }
 
 
-def _operation(operation: Operation, model: Model, deadline_s: float, *, keyed: bool) -> Schema:
+def _operation(operation: Operation, model: Model, deadline_s: float, *, keyed: bool, local: bool) -> Schema:
     locked = keyed and not operation.open
     statuses = set(operation.errors) | ({401} if locked else set()) | ({429} if locked and operation.metered else set())
+    statuses |= {403} if local else set()
     found: Schema = {
         "operationId": operation.name,
         "summary": operation.about,
@@ -136,7 +142,7 @@ def _reply(operation: Operation) -> Schema:
 
 
 def _error(operation: Operation, status: int) -> Schema:
-    if operation.name == "ready":
+    if operation.name == "ready" and status == 503:
         return {"description": "Something is lacking", "content": {JSON: {"schema": ref("Ready")}}}
     reply: Schema = {"description": ERRORS[status], "content": {JSON: {"schema": ref("Error")}}}
     header = {401: "WWW-Authenticate", 429: "Retry-After", 503: "Retry-After"}.get(status)

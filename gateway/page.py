@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 
 from common.errors import BadRequest
 from common.slo import Objectives
-from gateway.ask import Desk
+from gateway.ask import Desk, lacking
 from gateway.recent import Recent, Review
 
 FILES = Path(__file__).parent / "web"
@@ -29,6 +29,7 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 LONGEST_WINDOW_S = 3600.0
+LONGEST_OBJECTIVE_MS = 1e6
 
 
 class Page:
@@ -52,7 +53,8 @@ class Page:
 
     async def fleet(self, request: Request) -> Response:
         """Workers, queue, and how many of the last answers met `ttft_ms` and `tpot_ms` (400 if these are no numbers)."""
-        objectives = Objectives(_number(request, "ttft_ms", 500, 1e6) / 1000, _number(request, "tpot_ms", 50, 1e6) / 1000)
+        ttft_ms, tpot_ms = _number(request, "ttft_ms", 500, LONGEST_OBJECTIVE_MS), _number(request, "tpot_ms", 50, LONGEST_OBJECTIVE_MS)
+        objectives = Objectives(ttft_ms / 1000, tpot_ms / 1000)
         window_s = _number(request, "window_s", 300, LONGEST_WINDOW_S)
         review = self._recent.review(objectives, window_s, time.monotonic())
         return JSONResponse(fleet_body(self._desk, self._model, review), headers={"Cache-Control": "no-store"})
@@ -73,6 +75,7 @@ def fleet_body(desk: Desk, model: str, review: Review) -> dict[str, Any]:
     ]
     return {
         "model": model,
+        "missing": lacking(desk),
         "queue": {"queued": desk.queued, "running": desk.running},
         "recoveries": desk.recoveries,
         "workers": workers,

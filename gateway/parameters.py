@@ -97,10 +97,14 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the fleet allows, as far as it is known."""
+    """What the fleet allows, as far as it is known, and the client's key."""
 
     context_tokens: int
     deadline_s: float
+    most_running: int = MOST_ANSWERS
+    """Answers that this gateway runs at once."""
+    minute_tokens: int | None = None
+    """Of the key, prompts included. None: as many as it likes."""
 
 
 def parse(body: bytes, model: Model, limits: Limits, *, chat: bool) -> Wish:
@@ -112,13 +116,14 @@ def parse(body: bytes, model: Model, limits: Limits, *, chat: bool) -> Wish:
     if not all(prompts):
         raise BadRequest("the prompt is empty", param="messages" if chat else "prompt")
     sampling = _sampling(fields, model, chat=chat)
-    n = _choices(fields, len(prompts))
+    n = _choices(fields, len(prompts), min(MOST_ANSWERS, limits.most_running))
+    spare = _spare(limits.minute_tokens, prompts, n)
     deadline_s = number(fields, "deadline", LEAST_DEADLINE_S, limits.deadline_s, limits.deadline_s)
     asks = [
         Ask(
             prompt=prompt,
             sampling=sampling,
-            max_tokens=_max_tokens(fields, len(prompt), limits.context_tokens, chat=chat),
+            max_tokens=_max_tokens(fields, len(prompt), limits.context_tokens, spare, chat=chat),
             stop_ids=[] if flag(fields, "ignore_eos") else model.eos_ids,
             deadline_s=deadline_s,
             job_class=_priority(fields),
@@ -158,11 +163,11 @@ def _known(fields: dict[str, Any], allowed: frozenset[str]) -> None:
 # -------------------------------------------------------------------------------------------------------------- answers
 
 
-def _choices(fields: dict[str, Any], prompts: int) -> int:
-    """Answers wanted for each prompt. OpenAI's `best_of` is n, or refused."""
-    n = integer(fields, "n", 1, MOST_ANSWERS, 1)
-    if n * prompts > MOST_ANSWERS:
-        raise BadRequest(f"{prompts} prompts with {n} answers each; there may be {MOST_ANSWERS} answers in all", param="n")
+def _choices(fields: dict[str, Any], prompts: int, most: int) -> int:
+    """Answers wanted for each prompt, at most so many for all. OpenAI's `best_of` is n, or refused."""
+    n = integer(fields, "n", 1, most, 1)
+    if n * prompts > most:
+        raise BadRequest(f"{prompts} prompts with {n} answers each; there may be {most} answers in all", param="n")
     if fields.get("best_of", n) != n or fields.get("best_of") is True:
         raise BadRequest("best_of is supported only if it equals n", param="best_of", code="unsupported_parameter")
     return n
@@ -248,8 +253,15 @@ def _stops(fields: dict[str, Any]) -> list[str]:
     return stops
 
 
-def _max_tokens(fields: dict[str, Any], prompt: int, context: int, *, chat: bool) -> int:
-    """Output tokens: as asked, or what fits (chat) or OpenAI's 16 (completions)."""
+def _spare(minute_tokens: int | None, prompts: list[list[int]], n: int) -> int | None:
+    """What the key's minute has for each answer, if nothing else is asked in it."""
+    if minute_tokens is None:
+        return None
+    return (minute_tokens - sum(map(len, prompts))) // (n * len(prompts))
+
+
+def _max_tokens(fields: dict[str, Any], prompt: int, context: int, spare: int | None, *, chat: bool) -> int:
+    """Output tokens: as asked, or what fits (chat) or OpenAI's 16 (completions), but no more than the key ever has to `spare`."""
     room = context - prompt
     name = "max_completion_tokens" if "max_completion_tokens" in fields else "max_tokens"
     if room < 1:
@@ -259,7 +271,8 @@ def _max_tokens(fields: dict[str, Any], prompt: int, context: int, *, chat: bool
             code="context_length_exceeded",
         )
     if name not in fields:
-        return room if chat else min(room, DEFAULT_COMPLETION_TOKENS)
+        usual = room if chat else min(room, DEFAULT_COMPLETION_TOKENS)
+        return usual if spare is None else max(1, min(usual, spare))
     wanted = integer(fields, name, -(2**63), 2**63, 1)
     if wanted < 1:
         raise BadRequest(f"{name} must be at least 1", param=name)

@@ -15,6 +15,8 @@ LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON does not know."""
 MOST_ECHOED = 500
 """Characters of a client's own words that an error repeats."""
+ALIVE = {"status": "ok"}
+"""What `/health` says."""
 
 
 def error_body(error: RequestError) -> dict[str, Any]:

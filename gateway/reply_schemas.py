@@ -112,6 +112,7 @@ def _others() -> dict[str, Schema]:
         "Fleet": made(
             {
                 "model": TEXT,
+                "missing": several(TEXT),
                 "queue": made({"queued": COUNT, "running": COUNT}),
                 "recoveries": COUNT,
                 "workers": several(made(worker)),

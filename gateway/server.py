@@ -17,12 +17,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from common.errors import RequestError, SettingError, StartError, Unavailable
 from common.logs import get_logger
-from gateway.replies import error_body
+from gateway.replies import ALIVE, error_body
 
 log = get_logger(__name__)
 
 BACKLOG = 2048
 HEAD_BYTES = 64 << 10
+HEADER_BYTES = 4
+"""Of each header beside its name and its value: colon, space, end of line."""
+MOST_BEHIND = 64
+"""Requests that may stand behind one that is being answered: whoever sends more of them at once is cut off."""
 HEAD_S = 15.0
 """A request's head must be complete this long after the connection or its first byte."""
 KEEP_ALIVE_S = 30
@@ -83,14 +87,19 @@ class _Quiet(uvicorn.Server):
 
 
 class _Bounded(HttpToolsProtocol):
-    """Uvicorn bounds neither the time nor the size of a request's head, and of connections it only bounds those that are served."""
+    """Uvicorn bounds neither the time nor the size of a request's head, and of connections it only bounds those that are served.
+
+    Trailers count as a part of the head, and the head of a request that comes behind a running one is bounded like any other.
+    """
 
     head_s = HEAD_S
     most = 1024
     _full = False
     _timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
-    _in_body = False
+    """Of the message that is being read: its address, its headers and its trailers."""
+    _held_bytes = 0
+    """Read since the parser last gave something out: it keeps what is not complete yet."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -104,27 +113,44 @@ class _Bounded(HttpToolsProtocol):
             self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._full and not data.startswith(HEALTH):
-            self._refuse(
-                Unavailable(f"this gateway serves {self.most} connections at once: try again later"), f"retry-after: {AGAIN_S}\r\n"
-            )
+        if self._full:
+            self._turn_away(data)
             return
-        in_body = self._in_body
+        self._held_bytes += len(data)
         super().data_received(data)
-        if self.transport.is_closing() or not (self.cycle is None or self.cycle.response_complete):
+        if self.transport.is_closing():
             return
+        if self._held_bytes > HEAD_BYTES:
+            self._refuse(_LargeHead())
+        elif not self._answering:
+            self._await_head()
+
+    def on_message_begin(self) -> None:
+        self._head_bytes = self._held_bytes = 0
         self._await_head()
-        self._head_bytes += 0 if in_body or self._in_body else len(data)
-        if self._head_bytes > HEAD_BYTES:
-            self._refuse(_LargeHead(f"the head of a request may have {HEAD_BYTES} bytes"))
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + HEADER_BYTES)
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._in_body = True
+        if len(self.pipeline) >= MOST_BEHIND:
+            raise RequestError("too many requests at once on one connection")
+        self._held_bytes = 0
         self._stop_timer()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._held_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
-        self._in_body = False
+        self._held_bytes = 0
         super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -132,27 +158,64 @@ class _Bounded(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(RequestError(msg))
+        self._refuse(_LargeHead() if self._head_bytes > HEAD_BYTES else RequestError(msg))
+
+    @property
+    def _answering(self) -> bool:
+        """Whether a request that was read whole, or its head, has no whole answer yet."""
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _count(self, octets: int) -> None:
+        """Raises within the parser, which ends it: `send_400_response` says why."""
+        self._held_bytes = 0
+        self._head_bytes += octets
+        if self._head_bytes > HEAD_BYTES:
+            raise _LargeHead
 
     def _await_head(self) -> None:
         if self._timer is None:
-            self._timer = self.loop.call_later(self.head_s, self.transport.close)
+            self._timer = self.loop.call_later(self.head_s, self._late)
+
+    def _late(self) -> None:
+        """A head that nobody reads at present, because of the requests before it, may be there already."""
+        self._timer = None
+        if self.flow.read_paused:
+            self._await_head()
+        else:
+            self.transport.close()
 
     def _stop_timer(self) -> None:
-        self._head_bytes = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _refuse(self, error: RequestError, header: str = "") -> None:
-        body = json.dumps(error_body(error)).encode()
-        head = f"HTTP/1.1 {error.status} {http.HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n{header}"
+    def _turn_away(self, data: bytes) -> None:
+        """Beyond the cap: one word, and nothing that follows is read."""
+        if data.startswith(HEALTH):
+            self._close_with(200, ALIVE)
+            return
+        error = Unavailable(f"this gateway serves {self.most} connections at once: try again later")
+        self._close_with(error.status, error_body(error), f"retry-after: {AGAIN_S}\r\n")
+
+    def _refuse(self, error: RequestError) -> None:
+        """In words, unless they would stand amid an answer."""
+        if self._answering and (self.pipeline or self.cycle.response_started):
+            self.transport.close()
+        else:
+            self._close_with(error.status, error_body(error))
+
+    def _close_with(self, status: int, said: object, header: str = "") -> None:
+        body = json.dumps(said).encode()
+        head = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n{header}"
         self.transport.write(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
         self.transport.close()
 
 
 class _LargeHead(RequestError):
     status = 431
+
+    def __init__(self) -> None:
+        super().__init__(f"the head of a request may have {HEAD_BYTES} bytes")
 
 
 def room_for(connections: int) -> int:

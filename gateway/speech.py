@@ -68,6 +68,11 @@ class Speech:
     def timeline(self) -> Timeline:
         return self._answer.timeline
 
+    @property
+    def computed_tokens(self) -> int:
+        """Of the answer, whether or not the client has taken them; `usage` counts those that it was given."""
+        return self._answer.tokens - self.usage.prompt_tokens
+
     def cancel(self) -> None:
         self._answer.cancel()
 

@@ -14,11 +14,16 @@ from starlette.types import Message, Receive, Scope, Send
 KEEP_ALIVE_S = 10.0
 """A silent stream says a comment this often, so that proxies keep it."""
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "Content-Type": "text/event-stream; charset=utf-8"}
+ENDS = {end: f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
+"""Unicode's ends of lines, which JSON lets stand and at which many clients cut a line; the others it escapes itself."""
 DONE = "data: [DONE]\n\n"
 
 
 def event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    data = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    for end, escaped in ENDS.items():
+        data = data.replace(end, escaped)
+    return f"data: {data}\n\n"
 
 
 async def gone(receive: Receive) -> None:

@@ -22,6 +22,6 @@ class Tab:
         meter.take_tokens(self._taken, now)
 
     def settle(self, used: int, now: float) -> None:
-        """The request is over: so many tokens were used. Once."""
+        """The request is over: so many tokens were computed for it. Once."""
         if self._meter is not None:
             self._meter.return_tokens(max(0, self._taken - used), self._at, now)

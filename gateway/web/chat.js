@@ -7,6 +7,11 @@ const STAGES = [
   ["decode", "decode"], ["other", "other"],
 ];
 
+// The conversation as the model should see it: a question that got no text, because it was refused or stopped, would fail every later one.
+export function heard(messages) {
+  return messages.filter((one, at) => one.role !== "user" || at === messages.length - 1 || messages[at + 1].role === "assistant");
+}
+
 export class Chat {
   constructor(settings) {
     this.settings = settings;
@@ -60,7 +65,7 @@ export class Chat {
     let problem = null, told = null;
     try {
       const system = this.settings.system.trim();
-      const messages = [...(system ? [{ role: "system", content: system }] : []), ...this.messages];
+      const messages = [...(system ? [{ role: "system", content: system }] : []), ...heard(this.messages)];
       if (!this.model) throw new Error("The server has not answered yet.");
       told = await streamAnswer(this.settings, this.model, messages, going.signal, (piece) => {
         shown.text += piece;

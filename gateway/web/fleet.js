@@ -3,6 +3,7 @@ import { $, make, ms } from "./dom.js";
 import { headers } from "./settings.js";
 
 const EVERY = 1000, LONGEST = 15000, PATIENCE = 5000;
+const LACKS = { identity: "no model", gateway: "shutting down", redis: "no Redis" };
 
 export function watchFleet(settings, onModel) {
   let timer = null, failures = 0;
@@ -44,9 +45,7 @@ function status(words, kind) {
 
 function draw(fleet, settings) {
   $("#model").textContent = fleet.model;
-  const roles = new Set(fleet.workers.filter((worker) => !worker.draining).map((worker) => worker.role));
-  const lacking = roles.has("colocated") ? [] : ["prefill", "decode"].filter((role) => !roles.has(role));
-  status(lacking.length ? `no ${lacking.join(", no ")}` : "ready", lacking.length ? "bad" : "good");
+  status(fleet.missing.map((what) => LACKS[what] ?? `no ${what}`).join(", ") || "ready", fleet.missing.length ? "bad" : "good");
   const recent = fleet.recent;
   $("#window").textContent = `last ${Math.round(recent.window_s / 60)} min`;
   $("#goodput").textContent = recent.goodput_rps.toFixed(2);

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from scripts.faults.score import Answer, Manner
+from scripts.load.client import lines
 from scripts.load.workloads import Shape
 from tests.references import references
 
@@ -176,7 +177,7 @@ async def _read(reply: httpx.Response, question: Question, answer: Answer, rng: 
     if question.manner == "leaving":
         leave_at = rng.randrange(1, max(2, question.tokens))
     pieces = 0
-    async for line in reply.aiter_lines():
+    async for line in lines(reply):
         if not line.startswith("data: {"):
             continue
         chunk = json.loads(line.removeprefix("data: "))

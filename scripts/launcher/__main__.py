@@ -13,11 +13,13 @@ from typing import NoReturn
 
 import httpx
 
+from common.errors import SettingError
 from scripts.launcher.cluster import Cluster, ClusterError, Shape, share_cores
 from scripts.launcher.model import ModelError, name_of, obtain
-from scripts.launcher.show import Progress, first_key, stream_answer, timeline_table
+from scripts.launcher.show import Credentials, Progress, credentials, stream_answer, timeline_table
 
 QUESTION = "What is the capital of France?"
+HIDDEN = "all API keys stand as digests, so that nobody here can show one"
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +62,7 @@ def main() -> int:
     say = Progress()
     try:
         return run(chosen, say)
-    except (ModelError, ClusterError) as error:
+    except (ModelError, ClusterError, SettingError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -69,7 +71,11 @@ def main() -> int:
 
 
 def run(chosen: argparse.Namespace, say: Progress) -> int:
-    """Everything from the model to the last answer. Raises ModelError and ClusterError."""
+    """Everything from the model to the last answer. Raises ModelError, ClusterError and SettingError."""
+    shown = credentials(os.environ)
+    if shown.hidden and chosen.once is not None:
+        print(f"no answer: {HIDDEN}; set BATON_API_KEYS to a key, or leave --once out", file=sys.stderr)
+        return 1
     busy = [port for port in range(chosen.port, chosen.port + chosen.gateways) if in_use(port)]
     if busy:
         print(f"port {busy[0]} is in use: choose another with --port", file=sys.stderr)
@@ -94,27 +100,22 @@ def run(chosen: argparse.Namespace, say: Progress) -> int:
     with Cluster(shape, say) as cluster:
         say(f"starting {', '.join(cluster.children)}")
         cluster.start()
-        return serve(cluster, name, chosen.once, chosen.max_tokens, say)
+        return serve(cluster, name, shown, chosen.once, chosen.max_tokens, say)
 
 
-def serve(cluster: Cluster, model: str, once: str | None, max_tokens: int, say: Progress) -> int:
+def serve(cluster: Cluster, model: str, shown: Credentials, once: str | None, max_tokens: int, say: Progress) -> int:
     url = cluster.urls[0]
     wait_served(url)
-    question = once if once is not None else QUESTION
-    say(f"asking: {question}")
-    try:
-        key = first_key(os.environ)
-        timeline = stream_answer(url, model, question, max_tokens, key)
-    except (RuntimeError, OSError, httpx.HTTPError) as error:
-        print(f"no answer: {error}", file=sys.stderr)
+    if shown.hidden:
+        say(f"not asking anything: {HIDDEN}")
+    elif not answered(url, model, once if once is not None else QUESTION, max_tokens, shown.key, say):
         return 1
-    print(timeline_table(timeline), file=sys.stderr)
     if once is not None:
         return 0
     say(f"serving {model} on {', '.join(cluster.urls)} — Ctrl-C stops everything")
-    credentials = " -H 'Authorization: Bearer KEY'" if key else ""
+    header = " -H 'Authorization: Bearer KEY'" if shown.needed else ""
     print(
-        f"\n  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{credentials} \\\n"
+        f"\n  curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{header} \\\n"
         f'    -d \'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n',
         file=sys.stderr,
     )
@@ -124,6 +125,18 @@ def serve(cluster: Cluster, model: str, once: str | None, max_tokens: int, say: 
                 print(f"{child.name} ended: {child.last_words()}", file=sys.stderr)
                 return 1
         time.sleep(1.0)
+
+
+def answered(url: str, model: str, question: str, max_tokens: int, key: str | None, say: Progress) -> bool:
+    """Asks, and shows the answer and its timeline, or why there is none."""
+    say(f"asking: {question}")
+    try:
+        timeline = stream_answer(url, model, question, max_tokens, key)
+    except (RuntimeError, OSError, httpx.HTTPError) as error:
+        print(f"no answer: {error}", file=sys.stderr)
+        return False
+    print(timeline_table(timeline), file=sys.stderr)
+    return True
 
 
 def wait_served(url: str, timeout_s: float = 15.0) -> None:

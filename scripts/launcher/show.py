@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -26,10 +27,23 @@ class Progress:
         print(f"[{time.monotonic() - self._started:5.1f} s] {words}", file=sys.stderr, flush=True)
 
 
-def first_key(environ: Mapping[str, str]) -> str | None:
-    """The first API key that the gateways are given in the clear by this environment, if any. Raises SettingError."""
+@dataclass(frozen=True)
+class Credentials:
+    """What a client of this environment's gateways needs. `key`: one of theirs, if any stands in the clear."""
+
+    needed: bool
+    key: str | None
+
+    @property
+    def hidden(self) -> bool:
+        """A key is needed, and only those know one who were given it."""
+        return self.needed and self.key is None
+
+
+def credentials(environ: Mapping[str, str]) -> Credentials:
+    """Raises SettingError."""
     keys = given_keys(environ.get("BATON_API_KEYS", ""), environ.get("BATON_API_KEYS_FILE") or None)
-    return next((one.key for one in keys if one.key is not None), None)
+    return Credentials(bool(keys), next((one.key for one in keys if one.key is not None), None))
 
 
 def stream_answer(url: str, model: str, question: str, max_tokens: int, key: str | None = None) -> dict[str, Any]:

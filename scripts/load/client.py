@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,7 @@ async def send(client: httpx.AsyncClient, server: Server, question: Question, du
             if reply.status_code != 200:
                 record.error = f"{reply.status_code} {(await reply.aread()).decode(errors='replace')[:200]}"
                 return record
-            async for line in reply.aiter_lines():
+            async for line in lines(reply):
                 if line.startswith("data: {"):
                     take(record, json.loads(line[6:]), time.monotonic() - start)
     except (httpx.HTTPError, ValueError) as error:
@@ -107,6 +107,17 @@ async def send(client: httpx.AsyncClient, server: Server, question: Question, du
     if record.error is None and record.got_tokens < record.output_tokens:
         record.error = f"cut after {record.got_tokens} of {record.output_tokens} tokens"
     return record
+
+
+async def lines(reply: httpx.Response) -> AsyncIterator[str]:
+    """The lines of an event stream. httpx's own end also at U+2028 and its like, which JSON lets stand within a string."""
+    rest = ""
+    async for text in reply.aiter_text():
+        *whole, rest = (rest + text).split("\n")
+        for line in whole:
+            yield line.removesuffix("\r")
+    if rest:
+        yield rest
 
 
 def take(record: Record, chunk: dict[str, Any], now_s: float) -> None:

@@ -30,6 +30,8 @@ class Script:
     """Raised by submit."""
     error: RequestError | None = None
     """The last update, instead of a reason to finish."""
+    ahead: int = 0
+    """Tokens that have come and wait to be taken."""
     breaks: bool = False
     """Raises what nobody expects, after the ids."""
 
@@ -74,6 +76,10 @@ class EchoAnswer:
                 return
             yield Update(tokens)
 
+    @property
+    def tokens(self) -> int:
+        return len(self._ask.prompt) + min(self.given + self._script.ahead, self._ask.max_tokens)
+
     def cancel(self) -> None:
         self.cancelled.set()
 
@@ -89,7 +95,8 @@ class EchoDesk:
 
     def __init__(self, identity: Identity | None) -> None:
         self.identity = identity
-        self.draining = False
+        self.draining = self.away = False
+        self.most_running = 1024
         self.live: dict[str, int] = {"prefill": 1, "decode": 1}
         self.workers: dict[str, WorkerBeat] = {}
         self.running, self.queued, self.recoveries = 0, 0, 0

@@ -6,7 +6,7 @@ import asyncio
 import json
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,14 @@ MOST_BYTES = 2 << 20
 class Served:
     """A running server: its desk, model, metrics and address."""
 
-    def __init__(self, desk: EchoDesk, model: Model, access: Access | None, origins: Sequence[str], most: int) -> None:
+    def __init__(
+        self, desk: EchoDesk, model: Model, access: Access | None, origins: Sequence[str], most: int, names: Collection[str] | None
+    ) -> None:
         self.desk = desk
         self.model = model
         self.figures = Metrics()
         self._connections: list[socket.socket] = []
-        self.app = create_app(desk, model, Bounds(MOST_BYTES, BODY_S, 600.0, WRITE_S), self.figures, access, origins)
+        self.app = create_app(desk, model, Bounds(MOST_BYTES, BODY_S, 600.0, WRITE_S), self.figures, access, origins, names)
         self.server = HttpServer(self.app, "127.0.0.1", 0, write_s=WRITE_S, head_s=HEAD_S, most=most)
         self.port = self.server.port
         self.url = f"http://127.0.0.1:{self.port}"
@@ -63,15 +65,22 @@ class Served:
 
 
 @contextmanager
-def serving(path: Path, access: Access | None = None, origins: Sequence[str] = (), most: int = 1024) -> Iterator[Served]:
+def serving(
+    path: Path,
+    access: Access | None = None,
+    origins: Sequence[str] = (),
+    most: int = 1024,
+    names: Collection[str] | None = None,
+) -> Iterator[Served]:
     model = Model(path, NAME)
-    served = Served(EchoDesk(Identity("f", NAME, model.hash, 2048, 256, 16)), model, access, origins, most)
+    served = Served(EchoDesk(Identity("f", NAME, model.hash, 2048, 256, 16)), model, access, origins, most, names)
     thread = threading.Thread(target=lambda: asyncio.run(served.server.run()), name="http")
     thread.start()
     try:
         httpx.get(f"{served.url}/health", timeout=PATIENCE_S).raise_for_status()
         yield served
     finally:
+        served.hang_up()
         served.server.stop()
         thread.join(PATIENCE_S)
         assert not thread.is_alive()

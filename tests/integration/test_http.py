@@ -270,7 +270,13 @@ def test_health_and_ready(served: Served) -> None:
     served.desk.live = {"colocated": 1}
     served.desk.draining = True
     assert httpx.get(f"{served.url}/ready").json()["missing"] == ["gateway"]
+    served.desk.away = True
+    assert httpx.get(f"{served.url}/ready").json()["missing"] == ["gateway", "redis"]
     served.desk.draining = False
+    answer = httpx.get(f"{served.url}/ready")
+    assert (answer.status_code, answer.json()["missing"]) == (503, ["redis"]), "every request would get a 503"
+    assert httpx.get(f"{served.url}/fleet").json()["missing"] == ["redis"]
+    served.desk.away = False
     served.desk.identity = None
     assert httpx.get(f"{served.url}/ready").status_code == 503
     assert httpx.get(f"{served.url}/health").status_code == 200

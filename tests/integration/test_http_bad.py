@@ -176,10 +176,96 @@ def test_what_is_not_http(served: Served, nonsense: bytes) -> None:
 def test_an_endless_head(served: Served) -> None:
     connection = served.connect()
     begin = time.monotonic()
-    connection.sendall(b"GET /health HTTP/1.1\r\n" + (b"X-Filler: " + b"x" * 1000 + b"\r\n") * 65)
+    connection.sendall(b"GET /health HTTP/1.1\r\n" + (b"X-Filler: " + b"x" * 1000 + b"\r\n") * 66)
     status, headers, _ = reply(connection)
     assert status == 431 and headers["connection"] == "close" and time.monotonic() - begin < HEAD_S / 2
     assert_works(served, served.connect())
+
+
+FILLERS = {"lines": (b"X-Filler: " + b"x" * 1000 + b"\r\n") * 200, "one line": b"X-Filler: " + b"x" * 400_000}
+
+
+@pytest.mark.parametrize("filler", FILLERS.values(), ids=FILLERS)
+def test_endless_trailers(served: Served, filler: bytes) -> None:
+    connection = served.connect()
+    begin = time.monotonic()
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n")
+    with suppress(ConnectionError):
+        connection.sendall(filler)
+    status, headers, _ = reply(connection)
+    assert status == 431 and headers["connection"] == "close" and time.monotonic() - begin < BODY_S / 2
+    assert_works(served, served.connect())
+
+
+@pytest.mark.parametrize("filler", FILLERS.values(), ids=FILLERS)
+def test_an_endless_head_behind_a_request_that_runs(served: Served, filler: bytes) -> None:
+    """Nothing can be said amid an answer: the connection ends."""
+    connection = streaming(served)
+    begin = time.monotonic()
+    with suppress(ConnectionError):
+        connection.sendall(b"GET /health HTTP/1.1\r\n" + filler)
+    assert_ends(connection)
+    assert time.monotonic() - begin < HEAD_S / 2
+    assert served.desk.answers[-1].cancelled.wait(PATIENCE_S)
+    assert_works(served, served.connect())
+
+
+def test_half_a_head_behind_a_request_that_runs_is_not_awaited_for_ever(served: Served) -> None:
+    connection = streaming(served)
+    connection.sendall(b"GET /health HTTP/1.1\r\nX-Half")
+    begin = time.monotonic()
+    assert_ends(connection)
+    assert 0.5 * HEAD_S < time.monotonic() - begin < HEAD_S + 5
+
+
+def test_requests_behind_one_that_runs_are_served_in_turn(served: Served) -> None:
+    """However long that takes: a head that cannot be read yet, because of a body before it, is not late."""
+    served.desk.scripts = lambda ask: Script(before_s=1.5 * HEAD_S)
+    connection = served.connect()
+    connection.sendall(request(TEXT, GOOD))
+    time.sleep(0.2)
+    connection.sendall(request("/v1/nothing", b"x" * 100_000) + b"GET /hea")
+    assert reply(connection)[0] == 200
+    connection.sendall(b"lth HTTP/1.1\r\nHost: x\r\n\r\n")
+    rest = b""
+    while b'{"status":"ok"}' not in rest:
+        more = connection.recv(65536)
+        assert more, rest
+        rest += more
+
+
+def test_a_flood_behind_a_request_that_runs(served: Served) -> None:
+    """A request of thirty bytes takes a hundred times that once it is parsed."""
+    connection = streaming(served)
+    begin = time.monotonic()
+    connection.sendall(request("/health", b"", method="GET") * 500)
+    assert_ends(connection)
+    assert time.monotonic() - begin < HEAD_S
+
+
+def test_tiny_chunks_are_no_head(served: Served) -> None:
+    """The framing of a body counts for nothing, however much of it there is."""
+    text = fields(prompt=" " * 20_000 + "x", max_tokens=1)
+    connection = served.connect()
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+    connection.sendall(b"".join(b"1\r\n%c\r\n" % one for one in text) + b"0\r\n\r\n")
+    assert reply(connection)[0] in (200, 400)
+    assert_works(served, connection)
+
+
+def streaming(served: Served) -> socket.socket:
+    """A connection on which an answer has begun that takes long."""
+    served.desk.scripts = lambda ask: Script([100], endless=True, pause_s=0.01)
+    connection = served.connect()
+    connection.sendall(request(TEXT, {**GOOD, "max_tokens": 2000, "stream": True}))
+    assert b" 200 " in connection.recv(65536)
+    return connection
+
+
+def assert_ends(connection: socket.socket) -> None:
+    with suppress(ConnectionResetError):
+        while connection.recv(65536):
+            pass
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHost:", b"\r\n"])

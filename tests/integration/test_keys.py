@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from common.errors import Unavailable
 from gateway.gate import Access
 from gateway.keys import read_keys
 from gateway.limits import Meters
+from gateway.local import local_names
 from tests.integration.echo_desk import Script
 from tests.integration.http_fixtures import NAME, PATIENCE_S, Served, completion, reply, request, serving
 
@@ -30,6 +32,7 @@ OPEN = {"/", "/health", "/ready", "/openapi.json"}
 RUNNING, A_MINUTE = 3, 500
 PAGE = "https://chat.example.org"
 END_S = 20
+HEALTH = request("/health", b"", method="GET")
 
 
 def access(running: int | None = RUNNING, a_minute: int | None = A_MINUTE) -> Access:
@@ -148,7 +151,7 @@ def endless(served: Served, pause_s: float = 0.01) -> None:
 def stream(served: Served, key: str = ALICE, **fields: Any) -> socket.socket:
     """A stream that has begun."""
     connection = served.connect()
-    body = completion([100], max_tokens=2000, stream=True, **fields)
+    body = completion([100], **{"max_tokens": 2000, "stream": True, **fields})
     connection.sendall(request("/v1/completions", body, head=f"Authorization: Bearer {key}\r\n"))
     assert b" 200 " in connection.recv(65536)
     return connection
@@ -280,6 +283,27 @@ def test_by_default_no_page_of_another_origin_may(smollm2: Path) -> None:
         assert preflight(served, "https://any.example.org").headers["access-control-allow-origin"] == "*"
 
 
+def test_without_keys_pages_of_elsewhere_cannot_ask(smollm2: Path) -> None:
+    """Whatever they ask, and by whatever name; programs and the gateway's own page go on as ever."""
+    with serving(smollm2, None, [PAGE], names=local_names("127.0.0.1")) as served:
+        own = {"Origin": served.url}
+        assert httpx.get(served.url, headers={"Accept": "text/html"}).status_code == 200
+        assert httpx.get(f"{served.url}/fleet").status_code == httpx.get(f"{served.url}/page/app.js").status_code == 200
+        for headers, status in [({}, 200), (own, 200), ({"Origin": PAGE}, 200), ({"Origin": "https://evil.example.org"}, 403)]:
+            asked = len(served.desk.asks)
+            body = json.dumps(completion([100]))
+            answer = httpx.post(f"{served.url}/v1/completions", content=body, headers={"Content-Type": "text/plain", **headers})
+            assert (answer.status_code, len(served.desk.asks) - asked) == (status, int(status == 200))
+        assert answer.json()["error"]["code"] == "forbidden" and "cors_origins" in answer.json()["error"]["message"]
+        rebound = {"Host": f"evil.example.org:{served.port}", "Origin": f"http://evil.example.org:{served.port}"}
+        for path in ("/", "/fleet", "/metrics", "/page/app.js", "/v1/models", "/health"):
+            assert httpx.get(f"{served.url}{path}", headers=rebound).status_code == 403
+        assert preflight(served, PAGE).headers["access-control-allow-origin"] == PAGE
+        assert preflight(served, "https://evil.example.org").status_code == 403
+        described = httpx.get(f"{served.url}/openapi.json").json()["paths"]
+        assert all("403" in operation["responses"] for entry in described.values() for operation in entry.values())
+
+
 # ----------------------------------------------------------------------------------------------------------- connections
 
 
@@ -305,6 +329,29 @@ def test_connections_beyond_the_cap_are_told_so(served: Served) -> None:
     for connection in held:
         connection.close()
     wait_until(lambda: httpx.get(f"{served.url}/v1/models", headers=bearer(ALICE)).status_code == 200)
+
+
+def test_health_is_no_way_around_the_cap(smollm2: Path) -> None:
+    """Neither for what stands behind it, nor for as long as one likes."""
+    with serving(smollm2, most=1) as served:
+
+        def stays() -> bool:
+            served.hang_up()
+            held = served.connect()
+            held.sendall(HEALTH)
+            return reply(held)[1].get("connection") != "close"
+
+        wait_until(stays)
+        asked = len(served.desk.asks)
+        over = served.connect()
+        over.sendall(HEALTH + request("/v1/completions", completion([100])))
+        status, headers, body = reply(over)
+        assert (status, headers["connection"], json.loads(body)) == (200, "close", {"status": "ok"})
+        begin = time.monotonic()
+        with suppress(ConnectionResetError):
+            while over.recv(65536):
+                pass
+        assert time.monotonic() - begin < 5 and len(served.desk.asks) == asked
 
 
 def test_a_flood_of_connections_is_cut(served: Served) -> None:
@@ -359,6 +406,29 @@ def test_a_bad_setting_is_one_line(smollm2: Path, flags: list[str], variables: d
 
 
 # ------------------------------------------------------------------------------------------- what one key may use besides
+
+
+def test_tokens_that_a_client_does_not_take_count(smollm2: Path) -> None:
+    """They have been computed: a key's limit cannot be had for nothing by leaving them unread."""
+    keys = read_keys(f"alice:{ALICE} tokens=40", None)
+    assert keys is not None
+    with serving(smollm2, Access(keys, Meters(keys.names, own=keys.allowances))) as served:
+        served.desk.scripts = lambda ask: Script([100], endless=True, pause_s=0.01, ahead=30)
+        stream(served, max_tokens=39).close()
+        assert served.desk.answers[-1].cancelled.wait(PATIENCE_S)
+        assert post(served, max_tokens=30).status_code == 429
+
+
+def test_what_nobody_has_named_fits_into_the_key_s_minute(smollm2: Path) -> None:
+    """A chat without `max_tokens` would otherwise ask for the whole context, and be refused for ever."""
+    keys = read_keys(f"alice:{ALICE} tokens=100", None)
+    assert keys is not None
+    with serving(smollm2, Access(keys, Meters(keys.names, own=keys.allowances))) as served:
+        body = {"model": NAME, "messages": [{"role": "user", "content": "Hello"}]}
+        answer = httpx.post(f"{served.url}/v1/chat/completions", json=body, headers=bearer(ALICE), timeout=PATIENCE_S)
+        assert answer.status_code == 200
+        [asked] = served.desk.asks
+        assert len(asked.prompt) + asked.max_tokens == 100
 
 
 def test_tokens_and_priority_are_the_key_s(smollm2: Path) -> None:

@@ -136,13 +136,13 @@ def test_without_a_key(served: Served, described: dict[str, Any]) -> None:
 
 
 def test_not_ready(served: Served, described: dict[str, Any]) -> None:
-    served.desk.live = {}
+    served.desk.live, served.desk.away = {}, True
     try:
         answer = fetch(served, "GET", "/ready")
         assert answer.status_code == 503
         judge(described, "/ready", "get", answer)
     finally:
-        served.desk.live = {"prefill": 1, "decode": 1}
+        served.desk.live, served.desk.away = {"prefill": 1, "decode": 1}, False
 
 
 @pytest.mark.parametrize(

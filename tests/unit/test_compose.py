@@ -15,6 +15,7 @@ import yaml
 
 from common.settings import GatewaySettings, WorkerSettings, load
 from gateway.metrics import Metrics
+from gateway.server import KEEP_ALIVE_S
 from services.transfer.protocol import TransferCounts
 from services.worker.figures import transfer_figures
 from tests.unit.compose_files import BASE, OVERLAYS, ROOT, Reset, filled, merged, read
@@ -252,3 +253,12 @@ def test_provisioning_points_at_the_dashboard() -> None:
     source = yaml.safe_load((ROOT / "compose/grafana/provisioning/datasources/prometheus.yml").read_text())["datasources"][0]
     board = json.loads((ROOT / "compose/grafana/dashboards/baton.json").read_text())
     assert {panel["datasource"]["uid"] for panel in board["panels"]} == {source["uid"]}
+
+
+def test_the_front_ends_what_its_clients_have_left() -> None:
+    """Caddy does not cancel a request to the gateway where `flush_interval` is below zero; and it must let go of a connection before the
+    gateway does."""
+    words = [line.split() for line in (ROOT / "compose" / "Caddyfile").read_text().splitlines()]
+    assert not [line for line in words if line[:1] == ["flush_interval"]]
+    [idle] = [line[1] for line in words if line[:1] == ["keepalive"]]
+    assert 0 < int(idle.removesuffix("s")) < KEEP_ALIVE_S

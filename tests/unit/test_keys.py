@@ -92,8 +92,8 @@ def test_limits_stand_beside_the_key(tmp_path: Path) -> None:
     assert access is not None
     assert access.keys.allowances == {"alice": Allowance(running=2, tokens=500, priority=True), "bob": Allowance()}
     alice, bob = access.meters["alice"], access.meters["bob"]
-    assert (alice._most_running, alice._most_tokens, alice.priority) == (2, 500, True)
-    assert (bob._most_running, bob._most_tokens, bob.priority) == (7, None, False)
+    assert (alice._most_running, alice.most_tokens, alice.priority) == (2, 500, True)
+    assert (bob._most_running, bob.most_tokens, bob.priority) == (7, None, False)
 
 
 def test_a_made_key_is_admitted_by_its_line(tmp_path: Path) -> None:

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from scripts.launcher import __main__ as demo
 from scripts.launcher.__main__ import options
-from scripts.launcher.cluster import share_cores
+from scripts.launcher.cluster import Cluster, share_cores
 from scripts.launcher.model import name_of
-from scripts.launcher.show import BAR, first_key, timeline_table
+from scripts.launcher.show import BAR, Credentials, Progress, credentials, timeline_table
 
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "other")
 
@@ -88,6 +90,44 @@ def test_a_killed_parent_takes_its_child_along() -> None:
 def test_the_demo_asks_with_the_first_key_of_its_gateways(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# for the team\nalice:0123456789abcdef  # the first\nbob:fedcba9876543210\n")
-    assert first_key({"BATON_API_KEYS": "0123456789abcdef,bob:fedcba9876543210"}) == "0123456789abcdef"
-    assert first_key({"BATON_API_KEYS_FILE": str(file)}) == "0123456789abcdef"
-    assert first_key({}) is None
+    for environ in ({"BATON_API_KEYS": "0123456789abcdef,bob:fedcba9876543210"}, {"BATON_API_KEYS_FILE": str(file)}):
+        assert credentials(environ) == Credentials(True, "0123456789abcdef")
+    assert credentials({}) == Credentials(False, None)
+
+
+DIGEST = f"alice:sha256:{'0' * 64}"
+
+
+class Ended:
+    """A cluster whose gateway has ended by the time somebody looks, so that serving comes to its end."""
+
+    urls = ("http://127.0.0.1:1",)
+
+    class Child:
+        name, alive = "gateway-0", False
+
+        def last_words(self) -> str:
+            return "bye"
+
+    children = {"gateway-0": Child()}
+
+
+def test_with_digests_only_the_demo_serves_and_asks_nothing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/api.md's first example: `./scripts/key` writes digests, and nobody could show a key."""
+    shown = credentials({"BATON_API_KEYS": DIGEST})
+    assert shown == Credentials(True, None) and shown.hidden
+    monkeypatch.setattr(demo, "wait_served", lambda url: None)
+    said: list[str] = []
+    assert demo.serve(cast(Cluster, Ended()), "m", shown, None, 1, cast(Progress, said.append)) == 1
+    assert "stand as digests" in said[0] and "serving m" in said[1]
+    captured = capsys.readouterr()
+    assert "Authorization: Bearer KEY" in captured.err and "no answer" not in captured.err
+
+
+def test_with_digests_only_one_answer_is_refused_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BATON_API_KEYS", DIGEST)
+    assert demo.run(options(["--once", "Hello"]), cast(Progress, lambda words: None)) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("no answer: all API keys stand as digests")

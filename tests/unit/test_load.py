@@ -7,8 +7,10 @@ import json
 import math
 import statistics
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 from common.slo import Served
 from scripts.load import arrivals, plots, results, trials
 from scripts.load.__main__ import owned
-from scripts.load.client import Record, take
+from scripts.load.client import Record, lines, take
 from scripts.load.curve import Curve, needed, wilson
 from scripts.load.judge import Yardstick, fixed, scales
 from scripts.load.options import parse
@@ -294,3 +296,17 @@ async def test_a_trial_waits_until_the_cores_are_at_rest_but_not_for_ever(monkey
     if busy == 3:
         assert len(looks) == busy + 2, "one look more, which shows that nothing has been done"
     assert time.monotonic() - began < 2 and len(looks) < 500
+
+
+async def test_a_line_ends_where_an_event_stream_says_so() -> None:
+    """Other servers let U+2028 and its like stand within their JSON."""
+    said = 'data: {"text": "a\u2028b\x85c"}\r\n\ndata: [DONE]\nrest'.encode()
+
+    async def bytes_one_by_one() -> AsyncIterator[bytes]:
+        for at in range(len(said)):
+            yield said[at : at + 1]
+
+    for content in (said, bytes_one_by_one()):
+        reply = httpx.Response(200, headers={"content-type": "text/event-stream; charset=utf-8"}, content=content)
+        found = [line async for line in lines(reply)]
+        assert found == ['data: {"text": "a\u2028b\x85c"}', "", "data: [DONE]", "rest"]

@@ -69,3 +69,12 @@ def test_the_unexpected_comes_with_its_traceback(capsys: pytest.CaptureFixture[s
         logs.get_logger("x").exception("cannot go on", error)
     text = "\n".join(lines(capsys))
     assert "Traceback" in text and "ZeroDivisionError: by hand" in text and "cannot go on" in text
+
+
+def test_what_clients_send_fills_no_log(capsys: pytest.CaptureFixture[str]) -> None:
+    """Uvicorn warns of each line that is no HTTP, and of each wish for another protocol."""
+    logs.set_up("gateway")
+    logging.getLogger("uvicorn.error").warning("Invalid HTTP request received.")
+    assert lines(capsys) == []
+    logging.getLogger("uvicorn.error").error("Exception in ASGI application")
+    assert len(lines(capsys)) == 1

@@ -154,10 +154,10 @@ def test_defaults_are_those_of_the_checks(model: Model) -> None:
             assert endpoint(json.dumps({**body, name: value}).encode(), model) == without, name
 
 
-@pytest.mark.parametrize("keyed", [False, True])
-def test_the_document_is_whole(model: Model, keyed: bool) -> None:
+@pytest.mark.parametrize(("keyed", "local"), [(False, False), (False, True), (True, False)])
+def test_the_document_is_whole(model: Model, keyed: bool, local: bool) -> None:
     """Schemas are schemas, references lead somewhere, each component is used, and keys are asked for exactly where they are."""
-    found = document(OPERATIONS.values(), model, DEADLINE_S, keyed=keyed)
+    found = document(OPERATIONS.values(), model, DEADLINE_S, keyed=keyed, local=local)
     schemas = found["components"]["schemas"]
     for schema in [*schemas.values(), *(row[1](model, DEADLINE_S) for row in BODIES)]:
         Draft202012Validator.check_schema(schema)
@@ -168,5 +168,6 @@ def test_the_document_is_whole(model: Model, keyed: bool) -> None:
     for operation in OPERATIONS.values():
         entry = found["paths"][operation.path.replace(":path", "")][operation.method.lower()]
         assert ("security" in entry) == ("401" in entry["responses"]) == (keyed and not operation.open)
+        assert ("403" in entry["responses"]) == local
     assert ("securitySchemes" in found["components"]) == keyed
     assert len({operation.name for operation in OPERATIONS.values()}) == len(OPERATIONS)

@@ -17,6 +17,7 @@ from gateway.ask import Ask, Timeline, Update
 from gateway.prompts import Model
 from gateway.replies import Form, error_body, timeline_body, usage_body
 from gateway.speech import Broken, Piece, Speech, Usage
+from gateway.sse import event
 
 EOS = 2
 
@@ -189,3 +190,11 @@ def test_a_timeline_never_shows_a_stage_below_zero_and_still_adds_up() -> None:
 def test_usage_tells_of_cached_tokens_only_where_there_are_any() -> None:
     assert usage_body(Usage(5, 2)) == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
     assert usage_body(Usage(40, 2, 32))["prompt_tokens_details"] == {"cached_tokens": 32}
+
+
+def test_an_event_is_one_line_for_everybody() -> None:
+    """Clients that split as Unicode has it (Python's `splitlines`, httpx) would get half a JSON."""
+    text = "one\u2028two\u2029three\x85four\x0b\x0c\x1c\x1d\x1e\r\nfünf 六"
+    said = event({"text": text})
+    assert said.splitlines() == [said.removesuffix("\n\n"), ""]
+    assert json.loads(said.removeprefix("data: ")) == {"text": text} and "fünf 六" in said
