@@ -1,6 +1,7 @@
 """`./scripts/soak`: a long run without faults, at a fraction of the goodput rate: does memory grow, do pages leak, do times drift?
 
-Open-loop, with the arrivals, lengths and texts of ./scripts/goodput. After the warm-up each process' memory gets a slope with the upper
+Open-loop, with the arrivals, lengths and texts of ./scripts/goodput; every five minutes the same lengths come at the same times again, with
+other text, and the last five minutes are compared with the first. After the warm-up each process' memory gets a slope with the upper
 bound of its one-sided 95 % interval; a pool's pages are touched one after the other at first, so the warm-up should fill it (--pages).
 The last line is one JSON object; the exit status is 1 if a request failed, a page leaked or a process ended.
 """
@@ -38,8 +39,11 @@ from scripts.load.workloads import WorkloadError, load
 
 PATIENCE_S = 300.0
 LEAST_PAGES = 128
-PART = 0.25
-"""Of the run, first and last: whose times are compared."""
+WINDOW_S = 300.0
+"""The same lengths come at the same times again after so long: first and last window are compared, and near the goodput the bursts that
+chance makes would decide."""
+LEAST_WINDOWS = 4
+"""In a run that is too short for them windows are shorter."""
 SAY_S = 60.0
 
 
@@ -67,11 +71,19 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     return chosen
 
 
-def times(records: Sequence[Record], seconds: float) -> dict[str, Any]:
-    """TTFT in milliseconds of the requests due in the first and in the last part of the run."""
+def schedule(seconds: float, rate: float, seed: int) -> tuple[float, list[list[float]]]:
+    """(length of a window, when its requests are due in each): Poisson arrivals within one, repeated."""
+    window_s = min(WINDOW_S, seconds / LEAST_WINDOWS)
+    times = arrivals.gamma(max(2, round(window_s * rate)), rate, 1.0, seed)
+    fit = window_s / (times[-1] + 1 / rate)
+    return window_s, [[number * window_s + at * fit for at in times] for number in range(round(seconds / window_s))]
+
+
+def times(records: Sequence[Record], windows: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """TTFT in milliseconds of the requests due in the first and in the last window."""
     parts = {
-        "first": [record for record in records if record.due_s < PART * seconds],
-        "last": [record for record in records if record.due_s >= (1 - PART) * seconds],
+        "first": [record for record in records if record.due_s <= windows[0][-1]],
+        "last": [record for record in records if record.due_s >= windows[-1][0]],
     }
     found: dict[str, Any] = {}
     for name, part in parts.items():
@@ -85,9 +97,17 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None or not math.isfinite(seconds) else round(1000 * seconds, 1)
 
 
-async def play(system: System, writer: Writer, chosen: argparse.Namespace, say: Progress) -> tuple[list[Record], Watch]:
-    rate = chosen.goodput * chosen.fraction
-    due = arrivals.gamma(max(2, round(60 * chosen.minutes * rate)), rate, 1.0, chosen.seed)
+def numbers(windows: Sequence[Sequence[float]], shapes: int) -> list[int]:
+    """Of the questions, in order: each window asks the same lengths, with other text (`Writer.question`)."""
+    apart = shapes * -(-max(map(len, windows)) // shapes)
+    return [window * apart + at for window, times in enumerate(windows) for at in range(len(times))]
+
+
+async def play(
+    system: System, writer: Writer, windows: Sequence[Sequence[float]], shapes: int, say: Progress
+) -> tuple[list[Record], Watch]:
+    due = [at for window in windows for at in window]
+    questions = numbers(windows, shapes)
     servers = [await look(url) for url in system.cluster.urls]
     watch = Watch(system, lambda: 0.0)
     records: list[Record] = []
@@ -96,7 +116,7 @@ async def play(system: System, writer: Writer, chosen: argparse.Namespace, say: 
     async with httpx.AsyncClient(limits=limits, timeout=PATIENCE_S) as client:
 
         async def one(number: int) -> None:
-            question = await asyncio.to_thread(writer.question, number)
+            question = await asyncio.to_thread(writer.question, questions[number])
             records.append(await send(client, servers[number % len(servers)], question, due[number], start))
             if records[-1].error is not None:
                 say(f"request {number}: {records[-1].error}")
@@ -122,6 +142,7 @@ def main() -> int:
         model = obtain(None, say)
         workload = load(chosen.workload, 2048, chosen.seed, chosen.length_scale)
         writer = Writer(model, workload, chosen.seed)
+        window_s, windows = schedule(60 * chosen.minutes, chosen.goodput * chosen.fraction, chosen.seed)
         shape = Shape(
             model=model,
             prefill=chosen.prefill,
@@ -134,7 +155,7 @@ def main() -> int:
             tempfile.TemporaryDirectory(prefix="baton-soak-") as scratch,
             running(shape, cut=False, clocks=False, persistent=False, folder=Path(scratch), say=say) as system,
         ):
-            records, watch = asyncio.run(play(system, writer, chosen, say))
+            records, watch = asyncio.run(play(system, writer, windows, len(workload.shapes), say))
             left = settle(system)
             dead = [f"{child.name}: {child.last_words()}" for child in system.cluster.children.values() if not child.alive]
     except (ClusterError, ModelError, WorkloadError, httpx.HTTPError, RuntimeError) as error:
@@ -150,7 +171,8 @@ def main() -> int:
         "requests": len(records),
         "errors": dict(errors),
         "recovered": sum(record.attempts > 1 for record in records),
-        "ttft": times(records, 60 * chosen.minutes),
+        "window_s": window_s,
+        "ttft": times(records, windows),
         "leaked": left,
         "ended": dead,
         "memory_mib_an_hour": watch.memory(60 * chosen.minutes * chosen.warm_up),
