@@ -38,7 +38,7 @@ class Plan(Struct, frozen=True, gc=False):
     number: int
     chunks: tuple[Chunk, ...]
     announced: tuple[Key, ...] = ()
-    """The prompt of a suspect begins in it: that must be known elsewhere before it is launched."""
+    """Suspects whose prompts begin in it: their gateways must know of that before it is launched."""
 
 
 class Draw(Struct, frozen=True, gc=False):

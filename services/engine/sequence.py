@@ -26,7 +26,7 @@ class Sequence:
     reserve_all: bool = False
     """Reserve pages for everything it may ever need before it starts; such a sequence is never preempted."""
     suspect: bool = False
-    """Workers died with it: the first launch of its prompt is announced."""
+    """Workers died with it: the first launch of its prompt waits until its gateway knows of it."""
     alone: bool = False
     """Starts only when nothing else runs, and nothing else starts beside it."""
     computed: int = 0
