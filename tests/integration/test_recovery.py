@@ -281,7 +281,7 @@ def test_roles_change_under_load(four: Cluster, short: list[dict[str, Any]]) -> 
 
     heard = talk(four, asked, change)
     assert_undisturbed(asked, heard)
-    assert known_workers(four) == {"prefill": 2, "decode": 2}
+    asyncio.run(until(lambda: known_workers(four) == {"prefill": 2, "decode": 2}))  # the last to join has yet to be heard
     assert_undisturbed(asked, talk(four, asked, nothing))
     assert_conserved(four)
 
