@@ -15,7 +15,7 @@ from common.errors import MessageError
 from common.faults import NONE, MessageFault
 from common.logs import get_logger
 from common.messages import Incarnation, Letter, ToPeer, ToWorker, decode, encode
-from common.pump import Pump, bind, new_socket
+from common.pump import Pump, bind, connected, new_socket
 from common.refusals import Refusals
 from common.seal import Seal
 
@@ -72,29 +72,31 @@ class ControlClient:
         self._seal = seal
         self._fault = fault
         self._pumps: dict[Incarnation, Pump] = {}
+        self._unmet: set[Incarnation] = set()
+        """Peers that could not be connected to."""
         self.refusals = Refusals(log, "a letter")
 
     @property
     def peers(self) -> set[Incarnation]:
         return set(self._pumps)
 
-    def connect(self, peer: Incarnation, address: str) -> None:
-        """A second call for the same peer changes nothing: an incarnation keeps its address."""
+    def connect(self, peer: Incarnation, address: str) -> bool:
+        """A second call for the same peer changes nothing: an incarnation keeps its address. False if it cannot be connected (now)."""
         if peer in self._pumps:
-            return
-        socket = new_socket(zmq.DEALER, HIGH_WATER, MAX_LETTER_BYTES)
-        socket.setsockopt(zmq.ROUTING_ID, self._incarnation.encode())
-        if self._seal is not None:
-            self._seal.trust(socket)
+            return True
         try:
-            socket.connect(address)
+            socket = connected(zmq.DEALER, HIGH_WATER, MAX_LETTER_BYTES, address, self._prepare)
         except zmq.ZMQError as error:
-            socket.close(0)
-            log.warning("a peer's address cannot be used", peer=peer, address=address, reason=error)
-            return
+            if peer not in self._unmet:
+                log.warning("a peer cannot be connected to: trying on", peer=peer, address=address, reason=error)
+                self._unmet.add(peer)
+            return False
+        self._unmet.discard(peer)
         self._pumps[peer] = Pump(socket, partial(self._received, peer), self._fault)
+        return True
 
     def disconnect(self, peer: Incarnation) -> None:
+        self._unmet.discard(peer)
         pump = self._pumps.pop(peer, None)
         if pump is not None:
             pump.close()
@@ -107,6 +109,11 @@ class ControlClient:
     def close(self) -> None:
         for peer in list(self._pumps):
             self.disconnect(peer)
+
+    def _prepare(self, socket: zmq.Socket[bytes]) -> None:
+        socket.setsockopt(zmq.ROUTING_ID, self._incarnation.encode())
+        if self._seal is not None:
+            self._seal.trust(socket)
 
     def _received(self, peer: Incarnation, frames: list[bytes]) -> None:
         letter = _opened(frames, self._incarnation, self.refusals)

@@ -22,11 +22,9 @@ from common.messages import WORKER_ROLES, Identity, Incarnation, Introduction, R
 
 log = get_logger(__name__)
 
-PATIENCE_S = 15.0
-"""Who starts waits this long for a Redis that does not answer: it may be starting too, or be restarted just now."""
-
 _T = TypeVar("_T")
-OnPeers: TypeAlias = Callable[[dict[Incarnation, Introduction], Identity | None], None]
+OnPeers: TypeAlias = Callable[[dict[Incarnation, Introduction], Identity | None], bool]
+"""Members and identity have changed. False: some could not be met (now), and are to be reported again."""
 
 
 class Fleet:
@@ -104,7 +102,8 @@ class Fleet:
         await mapped(pipe.execute())
 
     async def keep(self, own: Introduction, identity: Identity | None, on_peers: OnPeers) -> None:
-        """Stay introduced, keep the identity alive, and report members whenever something changed. Until cancelled."""
+        """Stay introduced, keep the identity alive, and report members whenever something changed, or again where it is asked for. Until
+        cancelled."""
         known: tuple[dict[Incarnation, Introduction], Identity | None] | None = None
         stranger: Identity | None = None
         while True:
@@ -122,8 +121,7 @@ class Fleet:
                 self.away = True
             else:
                 if seen != known:
-                    known = seen
-                    on_peers(*seen)
+                    known = seen if on_peers(*seen) else None
             await asyncio.sleep(names.BEAT_S)
 
     async def _keep_identity(self, identity: Identity | None) -> Identity | None:
@@ -138,8 +136,8 @@ class Fleet:
 
 
 async def _patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
-    """Ask until Redis answers, for `PATIENCE_S`; what it refuses is not asked again. Raises StartError."""
-    give_up = time.monotonic() + PATIENCE_S
+    """Ask until Redis answers, for `names.PATIENCE_S`; what it refuses is not asked again. Raises StartError."""
+    give_up = time.monotonic() + names.PATIENCE_S
     said = False
     while True:
         try:
@@ -150,7 +148,7 @@ async def _patiently(ask: Callable[[], Awaitable[_T]]) -> _T:
             if not away or time.monotonic() >= give_up:
                 raise StartError(f"Redis cannot be used, look at redis_url: {error}") from error
             if not said:
-                log.warning("Redis does not answer: waiting for it", reason=error, wait_s=PATIENCE_S)
+                log.warning("Redis does not answer: waiting for it", reason=error, wait_s=names.PATIENCE_S)
                 said = True
         await asyncio.sleep(names.BEAT_S)
 

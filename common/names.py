@@ -10,6 +10,9 @@ DEAD_S = 2.0
 """Silence on a link for this long is death."""
 INTRODUCTION_TTL_S = 10
 """A process refreshes its introduction in Redis every BEAT_S; it vanishes this long after the last time."""
+PATIENCE_S = 15.0
+"""Who starts waits this long for a Redis that does not answer or whose name is not known: it may be starting too, or be restarted just
+now."""
 WISH_TTL_S = 60
 """A worker that has not looked by then is not there."""
 

@@ -19,6 +19,8 @@ from common.faults import NONE, MessageFault
 BURST = 1000
 """Messages handled before the loop gets a turn for others."""
 MOST_HELD = 10_000
+MOST_SOCKETS = 16_384
+"""One for each peer: ZeroMQ's own 1,023 would bound the fleet."""
 
 
 class Pump:
@@ -106,13 +108,27 @@ class Pump:
 
 
 def new_socket(kind: int, high_water: int, most_bytes: int) -> zmq.Socket[bytes]:
-    """A socket with bounded queues and messages that does not linger and reconnects fast."""
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(kind)
+    """A socket with bounded queues and messages that does not linger and reconnects fast. Raises ZMQError if no more can be opened."""
+    context = zmq.Context.instance()
+    context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)  # heeded before the first socket
+    socket: zmq.Socket[bytes] = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, high_water)
     socket.setsockopt(zmq.RCVHWM, high_water)
     socket.setsockopt(zmq.MAXMSGSIZE, most_bytes)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
+    return socket
+
+
+def connected(kind: int, high_water: int, most_bytes: int, address: str, prepare: Callable[[zmq.Socket[bytes]], None]) -> zmq.Socket[bytes]:
+    """A new socket, prepared and then connected to `address`. Raises ZMQError, leaving none behind."""
+    socket = new_socket(kind, high_water, most_bytes)
+    try:
+        prepare(socket)
+        socket.connect(address)
+    except zmq.ZMQError:
+        socket.close(0)
+        raise
     return socket
 
 

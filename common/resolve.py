@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
+from common import names
 from common.errors import SettingError, StartError
+from common.logs import get_logger
 from common.settings import CommonSettings
+
+log = get_logger(__name__)
 
 AUTO = "auto"
 LOOPBACK = "127.0.0.1"
 REDIS_PORT = 6379
 
 S = TypeVar("S", bound=CommonSettings)
+
+
+class NoWayError(StartError):
+    """Redis' name is not known, or no network leads there: this may pass, as where containers and their names come up together."""
+
+
+async def settled(settings: S) -> S:
+    """`resolved`, waiting `PATIENCE_S` for a way to Redis. Raises SettingError and StartError."""
+    give_up = time.monotonic() + names.PATIENCE_S
+    said = False
+    while True:
+        try:
+            return await asyncio.to_thread(resolved, settings)
+        except NoWayError as error:
+            if time.monotonic() >= give_up:
+                raise
+            if not said:
+                log.warning("no way leads to Redis: waiting for one", reason=error, wait_s=names.PATIENCE_S)
+                said = True
+        await asyncio.sleep(names.BEAT_S)
 
 
 def resolved(settings: S) -> S:
@@ -41,7 +67,7 @@ def with_password(url: str, password: str) -> str:
 def own_address(url: str) -> str:
     """The IPv4 address from which this machine reaches Redis: the one on the network it shares with its peers. Sends nothing.
 
-    Raises StartError if there is no way to Redis, as for a name that is not known (yet).
+    Raises StartError for a URL that cannot be read, NoWayError for a name that is not known (yet).
     """
     try:
         parts = urlsplit(url)
@@ -51,8 +77,10 @@ def own_address(url: str) -> str:
             probe.connect((parts.hostname, parts.port or REDIS_PORT))
             address: str = probe.getsockname()[0]
             return address
-    except (OSError, ValueError) as error:
-        raise StartError(f"host is auto, but no way leads to Redis: {error}") from error
+    except ValueError as error:
+        raise StartError(f"host is auto, and redis_url cannot be read: {error}") from error
+    except OSError as error:
+        raise NoWayError(f"host is auto, but no way leads to Redis: {error}") from error
 
 
 def _read(path: str) -> str:

@@ -20,9 +20,10 @@ from typing import Any, NoReturn, TypeVar
 
 from common import logs, names
 from common.errors import BatonError, SettingError
+from common.files import allow_files
 from common.logs import get_logger
 from common.messages import Incarnation, Role
-from common.resolve import resolved
+from common.resolve import settled
 from common.settings import CommonSettings, load
 
 log = get_logger(__name__)
@@ -101,6 +102,7 @@ def run(main: Callable[[S, Service], Awaitable[None]], kind: type[S], role: Role
         return check(settings)
     logs.set_up(role, settings.log_level, settings.log_format)
     sys.setswitchinterval(SWITCH_S)
+    allow_files()
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             return runner.run(_live(main, settings, role))
@@ -127,7 +129,7 @@ async def _live(main: Callable[[S, Service], Awaitable[None]], settings: S, role
     loop.set_exception_handler(partial(_stray, service))
     try:
         service.unready()
-        await main(resolved(settings), service)
+        await main(await settled(settings), service)
     except Exception as error:
         service.fail(error)
     finally:

@@ -16,7 +16,7 @@ from common.errors import MessageError
 from common.faults import NONE, MessageFault
 from common.logs import get_logger
 from common.messages import Event, Incarnation, Parcel, decode, encode
-from common.pump import Pump, bind, new_socket
+from common.pump import Pump, bind, connected, new_socket
 from common.refusals import Refusals
 from common.seal import Seal
 
@@ -58,7 +58,7 @@ class TokenSubscriber:
 
 
 class _Link:
-    """One gateway's XPUB, and whether its subscription is in force."""
+    """One gateway's XPUB, and whether its subscription is in force. Raises ZMQError if it cannot be connected (now)."""
 
     def __init__(
         self, gateway: Incarnation, address: str, on_change: Callable[[bool], None], seal: Seal | None, fault: MessageFault
@@ -67,16 +67,14 @@ class _Link:
         self.address = address
         self.open = False
         self._on_change = on_change
-        socket = new_socket(zmq.XPUB, HIGH_WATER, MAX_PARCEL_BYTES)
+        self._seal = seal
+        self.pump = Pump(connected(zmq.XPUB, HIGH_WATER, MAX_PARCEL_BYTES, address, self._prepare), self._subscription, fault)
+
+    def _prepare(self, socket: zmq.Socket[bytes]) -> None:
         socket.setsockopt(zmq.XPUB_NODROP, 1)
         socket.setsockopt(zmq.IMMEDIATE, 1)
-        if seal is not None:
-            seal.trust(socket)
-        try:
-            socket.connect(address)
-        except zmq.ZMQError as error:
-            log.warning("a gateway's address cannot be used", gateway=gateway, address=address, reason=error)
-        self.pump = Pump(socket, self._subscription, fault)
+        if self._seal is not None:
+            self._seal.trust(socket)
 
     def _subscription(self, frames: list[bytes]) -> None:
         """The gateway's side subscribed, or (as when it disconnects) does not any more."""
@@ -100,14 +98,27 @@ class TokenPublisher:
         self._on_open = on_open
         self._fault = fault
         self._links: dict[Incarnation, _Link] = {}
+        self._unmet: set[Incarnation] = set()
+        """Gateways that could not be connected to."""
 
     def open(self, gateway: Incarnation, address: str) -> None:
-        """Connect to a gateway; a second call with the same address changes nothing."""
+        """Connect to a gateway; a second call with the same address changes nothing, or repeats what did not succeed."""
         link = self._links.get(gateway)
         if link is not None and link.address == address:
             return
-        self.close(gateway)
-        self._links[gateway] = _Link(gateway, address, partial(self._changed, gateway), self._seal, self._fault)
+        if link is not None:
+            self.close(gateway)
+        try:
+            self._links[gateway] = _Link(gateway, address, partial(self._changed, gateway), self._seal, self._fault)
+            self._unmet.discard(gateway)
+        except zmq.ZMQError as error:
+            if gateway not in self._unmet:
+                log.warning("a gateway cannot be connected to: trying on", gateway=gateway, address=address, reason=error)
+                self._unmet.add(gateway)
+
+    def knows(self, gateway: Incarnation) -> bool:
+        """Whether there is a link to it, in force or not yet."""
+        return gateway in self._links
 
     def is_open(self, gateway: Incarnation) -> bool:
         """Whether the gateway's subscription is in force, so that what is sent can arrive."""
@@ -122,6 +133,7 @@ class TokenPublisher:
         return link.pump.send([link.topic, encode(Parcel(self._incarnation, gateway, list(events)))])
 
     def close(self, gateway: Incarnation) -> None:
+        self._unmet.discard(gateway)
         link = self._links.pop(gateway, None)
         if link is not None:
             link.pump.close()

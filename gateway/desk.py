@@ -247,21 +247,26 @@ class LiveDesk:
         if isinstance(letter.body, Mismatch):
             log.error("a worker refuses this gateway", worker=letter.sender, reason=letter.body.reason)
 
-    def _introduced(self, members: dict[Incarnation, Introduction], identity: Identity | None) -> None:
-        """Redis names whom to knock at. Workers that have vanished from it are disconnected once they are also silent."""
+    def _introduced(self, members: dict[Incarnation, Introduction], identity: Identity | None) -> bool:
+        """Redis names whom to knock at. Workers that have vanished from it are disconnected once they are also silent. False if some cannot
+        be knocked at now."""
         self._identify(identity)
+        all_met = True
         for name, member in members.items():
             if member.role == "gateway" or name in self._control.peers:
                 continue
             if not self._fits(member):
                 self._refusals.note("mismatch", worker=name)
                 continue
-            self._control.connect(name, member.control_address)
+            if not self._control.connect(name, member.control_address):
+                all_met = False
+                continue
             self._ledger.join(name, member.role)
             self._beat_to(name)
         self._members = set(members)
         for name in self._control.peers - self._members:
             self._part(name)
+        return all_met
 
     def _part(self, worker: Incarnation) -> None:
         """Redis does not name it any more: if it is silent too, nobody is there."""

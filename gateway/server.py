@@ -8,7 +8,6 @@ import http
 import ipaddress
 import json
 import math
-import resource
 import socket
 
 import uvicorn
@@ -16,6 +15,7 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from common.errors import RequestError, SettingError, StartError, Unavailable
+from common.files import allow_files
 from common.logs import get_logger
 from gateway.replies import ALIVE, error_body
 
@@ -220,16 +220,13 @@ class _LargeHead(RequestError):
 
 def room_for(connections: int) -> int:
     """So many of these connections as the process may open files for; its own limit is raised as far as the system lets it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = connections + OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        if soft < wanted:
-            room = max(1, soft - OTHER_FILES)
-            log.warning("fewer connections than set: the system allows this process too few files", connections=room, files=soft)
-            return room
-    return connections
+    files = allow_files(wanted)
+    if files >= wanted:
+        return connections
+    room = max(1, files - OTHER_FILES)
+    log.warning("fewer connections than set: the system allows this process too few files", connections=room, files=files)
+    return room
 
 
 def check_open(host: str, *, keys: bool, anyone: bool) -> None:

@@ -9,6 +9,7 @@ from services.decode import inbound
 from services.decode.inbound import Commit, Inbound
 from services.engine.plan import Began, Computed, Drawn, Failed, Granted, Outcome, Preempted
 from services.transfer.protocol import Arrived, Landed, Posted
+from services.worker.jobs import forked
 from services.worker.outbox import Outbox
 from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
 
@@ -39,7 +40,7 @@ class DecodeCore:
         match body:
             case PeerBeat():
                 return self._resolve(self.inbound.beat(peer, body.link, body.handoffs), now)
-            case Offer() if self.runs.get(body.key) is not None:
+            case Offer() if self._runs_here(body):
                 return [inbound.Send(peer, Committed(body.handoff))]
             case Offer():
                 return self._resolve(self.inbound.offer(peer, body, now), now)
@@ -87,8 +88,17 @@ class DecodeCore:
         return [*self._resolve(self.inbound.drain(), now), *self.runs.drain()]
 
     def _resolve(self, actions: list[inbound.Action], now: float) -> list[Action]:
+        resolved: list[Action] = []
         for action in actions:
-            # One that runs here already, through an earlier handoff, keeps its words; the engine drops the second pages by itself.
-            if isinstance(action, Commit) and self.runs.get(action.offer.key) is None:
+            if isinstance(action, Commit) and self._runs_here(action.offer):
+                resolved += [inbound.Lapse(action.handoff), inbound.Land(action.handoff)]
+                continue
+            if isinstance(action, Commit):
                 self.runs.committed(action.offer.key, action.offer.job, action.token, action.transfer_s, now)
-        return [*actions]
+            resolved.append(action)
+        return resolved
+
+    def _runs_here(self, offer: Offer) -> bool:
+        """Whether it, or another choice that began with it, came by an earlier handoff and runs, or its end is not acknowledged yet: it
+        keeps its words, and is not computed twice."""
+        return any(self.runs.get(key) is not None for key in (offer.key, *(its for its, _ in forked(offer.job, offer.key))))

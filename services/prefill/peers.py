@@ -59,15 +59,19 @@ class Peers:
             if peer in self._liveness.alive and not beat.draining
         }
 
-    def introduced(self, members: dict[Incarnation, Introduction]) -> None:
-        """Redis names the decodes to knock at; it never says who lives."""
+    def introduced(self, members: dict[Incarnation, Introduction]) -> bool:
+        """Redis names the decodes to knock at; it never says who lives. False if some cannot be knocked at now."""
+        all_met = True
         for name, member in members.items():
             if member.role == "decode" and name not in self._client.peers:
-                self._client.connect(name, member.control_address)
-                self.beat(name)
+                if self._client.connect(name, member.control_address):
+                    self.beat(name)
+                else:
+                    all_met = False
         self._members = set(members)
         for name in self._client.peers - self._members:
             self._part(name)
+        return all_met
 
     def _receive(self, letter: Letter) -> None:
         """Beats are handled here, everything else goes to `on_letter`."""

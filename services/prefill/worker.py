@@ -106,8 +106,8 @@ class PrefillWorker(Worker[Action]):
             tasks.create_task(self._claims.sweep(lambda: self.gateways.alive), name="sweep"),
         ]
 
-    def introduced(self, members: dict[Incarnation, Introduction], identity: Identity | None) -> None:
-        self._peers.introduced(members)
+    def introduced(self, members: dict[Incarnation, Introduction], identity: Identity | None) -> bool:
+        return self._peers.introduced(members)
 
     def tick(self, now: float) -> list[Action]:
         self._transfer.watch(now)

@@ -94,8 +94,8 @@ class Transfer(Protocol):
 
     def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
         """Post receives: page `pages[i]` takes the sequence's page `indices[i]`, from each of the peer's ranks (`sources`) what both hold
-        of it. `Posted` says where this rank wants them sent. Ends in
-        `Arrived`, or, after `abandon` or `close_peer`, in `Landed`."""
+        of it. `Posted` says where this rank wants them sent. Ends in `Arrived`, or in `Landed`: after `abandon` or `close_peer`, or
+        without `Posted` if nothing can be received from this peer now."""
 
     def abandon(self, grant: int, *, told: bool) -> None:
         """Give the grant up. `Landed` follows once every receive has completed (the sender flushes what it never pushed) or the peer is

@@ -26,7 +26,7 @@ from services.transfer.faults import Fault
 from services.transfer.inbound import Inbound
 from services.transfer.outbound import PUSH_S, Outbound
 from services.transfer.places import Places
-from services.transfer.protocol import Posted, TransferCounts, TransferEvent
+from services.transfer.protocol import Landed, Posted, TransferCounts, TransferEvent
 from services.transfer.receiving import Received, Receiver
 from services.transfer.sending import Sender
 
@@ -137,10 +137,13 @@ class UcxTransfer:
         if self._thread.is_alive():
             raise TransferError("the transfer's thread has not ended")
 
-    def _command(self, command: Callable[..., None], *arguments: object) -> None:
+    def check(self) -> None:
         """Raises TransferError once the thread has died of an error: the worker must not live on without it."""
         if self._error is not None:
             raise TransferError(f"the transfer has ended: {self._error!r}")
+
+    def _command(self, command: Callable[..., None], *arguments: object) -> None:
+        self.check()
         if self._stopping:
             return
         self._commands.append((command, arguments))
@@ -225,14 +228,24 @@ class UcxTransfer:
     # ------------------------------------------------------------------------------------------------------- receiving
 
     def _expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
-        receiver = self._receivers.get(peer)
+        receiver = self._receivers.get(peer) or self._new_receiver(peer)
         if receiver is None:
-            receiver = Receiver(
-                self._new_worker(), self._places, self._inbound, self._emit, self._received, checksums=self._checksums
-            )  # fmt: skip
-            self._receivers[peer] = receiver
+            self._emit([Landed(grant)])
+            return
         receives = receiver.expect(grant, pages, indices, sources)
         self._emit([Posted(grant, (receiver.rank,)), *self._inbound.expect(peer, grant, receives)])
+
+    def _new_receiver(self, peer: Incarnation) -> Receiver | None:
+        """None if UCX cannot make one now, as when the process may open no more files: the prefill offers again."""
+        try:
+            worker = self._new_worker()
+            receiver = Receiver(worker, self._places, self._inbound, self._emit, self._received, checksums=self._checksums)
+        except Exception as error:  # UCXX raises bare RuntimeErrors besides its own
+            log.warning("nothing can be received from a peer", peer=peer, reason=f"{type(error).__name__}: {error}")
+            self._received.failures += 1
+            return None
+        self._receivers[peer] = receiver
+        return receiver
 
     def _abandon(self, grant: int, told: bool) -> None:
         if not told:

@@ -57,6 +57,7 @@ class Gateways:
         """A gateway has been heard of, by its beat or its job: publish to it, and expect its beats from now on."""
         if gateway not in self._liveness.alive:
             self._liveness.heard(gateway, time.monotonic())
+        if not self._publisher.knows(gateway):
             self._publisher.open(gateway, tokens_address)
 
     def letter(self, letter: Letter) -> bool:

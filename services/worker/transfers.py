@@ -52,8 +52,9 @@ class Transfers:
         return self._own.transport
 
     def watch(self, now: float) -> None:
-        """Once a beat. Raises TransferError if rank 0's thread has not come round for `STUCK_S`, inside a call to a driver that does not
-        return: what it has been given would wait for ever."""
+        """Once a beat. Raises TransferError if rank 0's thread has died, or has not come round for `STUCK_S`, inside a call to a driver
+        that does not return: what it has been given would wait for ever."""
+        self._own.check()
         self._stuck_looks = self._stuck_looks + 1 if now - self._own.looked_at > STUCK_S else 0
         if self._stuck_looks >= STUCK_LOOKS:
             raise TransferError(f"the transfer's thread has not come round for {now - self._own.looked_at:.0f} s")

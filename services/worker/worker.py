@@ -105,8 +105,9 @@ class Worker(ABC, Generic[A]):
         """A letter that no gateway sent."""
         log.warning("a letter for another role", sender=letter.sender, kind=type(letter.body).__name__)
 
-    def introduced(self, members: dict[Incarnation, Introduction], identity: Identity | None) -> None:
-        """The fleet's members have changed."""
+    def introduced(self, members: dict[Incarnation, Introduction], identity: Identity | None) -> bool:
+        """The fleet's members have changed; False if some could not be met."""
+        return True
 
     def tick(self, now: float) -> list[A]:
         """Every BEAT_S: peers that died, deadlines, repeats."""

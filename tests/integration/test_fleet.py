@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 
 from common import names
 from common.errors import StartError
-from common.fleet import PATIENCE_S, Fleet
+from common.fleet import Fleet
 from common.messages import Identity, Introduction, encode
 from common.queue import connect
 from scripts.launcher.valkey import Valkey
@@ -32,7 +32,11 @@ class Keeper:
 
     def __init__(self, fleet: Fleet, own: Introduction, identity: Identity | None) -> None:
         self.reports: list[tuple[set[str], Identity | None]] = []
-        self.task = asyncio.create_task(fleet.keep(own, identity, lambda peers, found: self.reports.append((set(peers), found))))
+        self.task = asyncio.create_task(fleet.keep(own, identity, self._report))
+
+    def _report(self, peers: dict[str, Introduction], identity: Identity | None) -> bool:
+        self.reports.append((set(peers), identity))
+        return True
 
     async def until(self, condition: Callable[[], object], timeout_s: float = 5.0) -> None:
         give_up = time.monotonic() + timeout_s
@@ -180,7 +184,7 @@ async def test_two_identities_do_not_overwrite_each_other(fleet: Fleet, redis: R
 
 
 async def test_what_keep_reports_to_may_end_the_process(fleet: Fleet) -> None:
-    def on_peers(peers: object, identity: object) -> None:
+    def on_peers(peers: object, identity: object) -> bool:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -221,7 +225,7 @@ async def test_who_starts_while_the_server_is_away_waits_for_it(valkey: Valkey) 
         await asyncio.sleep(2 * names.BEAT_S)
         assert not any(task.done() for task in starting)
         valkey.start()
-        assert await asyncio.wait_for(asyncio.gather(*starting), PATIENCE_S) == [None, IDENTITY]
+        assert await asyncio.wait_for(asyncio.gather(*starting), names.PATIENCE_S) == [None, IDENTITY]
 
 
 async def test_nobody_waits_for_ever_for_a_server_nor_at_all_with_a_wrong_password(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,8 +234,8 @@ async def test_nobody_waits_for_ever_for_a_server_nor_at_all_with_a_wrong_passwo
         began = time.monotonic()
         with pytest.raises(StartError, match=r"redis_url.*Authentication"):
             await Fleet(redis, "f").reach()
-        assert time.monotonic() - began < PATIENCE_S / 2
-    monkeypatch.setattr("common.fleet.PATIENCE_S", 2 * names.BEAT_S)
+        assert time.monotonic() - began < names.PATIENCE_S / 2
+    monkeypatch.setattr("common.names.PATIENCE_S", 2 * names.BEAT_S)
     valkey.kill()
     async with connect(valkey.url) as redis:
         for attempt in (Fleet(redis, "f").reach(), Fleet(redis, "f").join(IDENTITY)):

@@ -130,7 +130,7 @@ def test_a_stuck_way_fails_in_time_beside_one_that_is_never_quiet(make: Callable
 def watched(looked_at: float) -> Transfers:
     """Only what `watch` looks at."""
     transfers = Transfers.__new__(Transfers)
-    transfers._own, transfers._stuck_looks = SimpleNamespace(looked_at=looked_at), 0  # type: ignore[assignment]
+    transfers._own, transfers._stuck_looks = SimpleNamespace(looked_at=looked_at, check=lambda: None), 0  # type: ignore[assignment]
     return transfers
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from common import names
 from common.errors import SettingError, StartError
-from common.resolve import own_address, resolved, with_password
+from common.resolve import NoWayError, own_address, resolved, settled, with_password
 from common.settings import CommonSettings
 
 
@@ -60,6 +61,29 @@ def test_an_own_network_gives_its_own_address() -> None:
 def test_an_unknown_name_is_said() -> None:
     with pytest.raises(StartError, match="host is auto"):
         own_address("redis://no-such-host.invalid:6379/0")
+
+
+async def test_a_start_waits_for_a_name_that_comes_up_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers and their names come up together. A name that never comes ends the start, in words; an unreadable URL at once."""
+    asked: list[str] = []
+
+    def late(url: str) -> str:
+        asked.append(url)
+        if len(asked) < 3:
+            raise NoWayError("host is auto, but no way leads to Redis: name or service not known")
+        return "10.1.2.3"
+
+    settings = CommonSettings(redis_url="redis://no-such-host.invalid/0", host="auto")
+    with monkeypatch.context() as patched:
+        patched.setattr("common.resolve.own_address", late)
+        patched.setattr(names, "BEAT_S", 0.01)
+        assert (await settled(settings)).host == "10.1.2.3"
+    monkeypatch.setattr(names, "PATIENCE_S", 0.0)
+    with pytest.raises(NoWayError, match="host is auto"):
+        await settled(settings)
+    with pytest.raises(StartError, match="cannot be read") as refused:
+        await settled(replace(settings, redis_url="redis://[::1/0"))
+    assert not isinstance(refused.value, NoWayError)
 
 
 def test_a_given_address_stays() -> None:

@@ -38,7 +38,7 @@ from gateway.ledger import Ledger
 from services.decode import inbound
 from services.decode.core import DecodeCore
 from services.decode.inbound import Inbound
-from services.engine.plan import Began
+from services.engine.plan import Began, Drawn
 from services.engine.plan import Granted as EngineGranted
 from services.prefill import moves
 from services.prefill.core import PrefillCore
@@ -229,6 +229,36 @@ def test_a_second_commit_of_what_runs_already_leaves_its_words_alone() -> None:
     core.runs.outbox.tokens(KEY, [Token(1, 6)], stage_s=0.1)
     arrive(core, 2, 2)
     assert core.runs.outbox.holding("g") == [Holding(KEY, 2, False, False)]
+
+
+def test_a_second_commit_of_what_has_ended_is_not_computed_again() -> None:
+    """Its end was said and not yet acknowledged; the engine knew nothing of it any more, and wrote the whole answer again for nobody."""
+    core = decode()
+    core.letter("p", offer(1), 0.0)
+    core.letter("p", offer(2), 0.1)
+    arrive(core, 1, 1)
+    core.outcome(Drawn(KEY, Token(1, 6), "stop"), 0.5)
+    actions = arrive(core, 2, 2)
+    assert [action for action in actions if isinstance(action, inbound.Commit | inbound.Lapse | inbound.Land)] == [
+        inbound.Lapse(("p", 2)),
+        inbound.Land(("p", 2)),
+    ]
+    assert Committed(2) in [action.body for action in actions if isinstance(action, inbound.Send)]
+
+
+def test_an_offer_of_which_another_choice_still_runs_is_committed_already() -> None:
+    """It was taken again, and the tokens that the other choice had said were forgotten."""
+    core = decode()
+    both = Offer(1, KEY, replace(job(), choices=[Choice(0, 1), Choice(1, 1)]), 3, [], 60.0)
+    core.letter("p", both, 0.0)
+    arrive(core, 1, 1)
+    second = Key("r", 1, 1, "e")
+    core.outcome(Drawn(second, Token(0, 6), None), 0.5)
+    core.outcome(Drawn(KEY, Token(1, 6), "stop"), 0.5)
+    for ended in core.runs.outbox.seen([(KEY, 2, True)]):
+        core.over(ended)
+    assert [action.body for action in core.letter("p", replace(both, handoff=2), 0.6) if isinstance(action, inbound.Send)] == [Committed(2)]
+    assert core.runs.outbox.holding("g") == [Holding(second, 1, False, False)]
 
 
 def test_a_first_token_that_is_not_the_next_one_is_refused() -> None:
