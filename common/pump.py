@@ -109,7 +109,7 @@ class Pump:
 
 def new_socket(kind: int, high_water: int, most_bytes: int) -> zmq.Socket[bytes]:
     """A socket with bounded queues and messages that does not linger and reconnects fast. Raises ZMQError if no more can be opened."""
-    context = zmq.Context.instance()
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
     context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)  # heeded before the first socket
     socket: zmq.Socket[bytes] = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)

@@ -111,6 +111,9 @@ class GatewaySettings(CommonSettings):
     http_host: str = setting("127.0.0.1", "address of the HTTP server")
     http_port: int = setting(8000, "port of the HTTP server", low=0, high=65535)
     max_body_bytes: int = setting(4 << 20, "largest request body", low=1024)
+    max_bodies_bytes: int = setting(
+        256 << 20, "all request bodies that are being read, beyond 64 KiB of each; a further one is answered 503", low=1024
+    )
     max_running: int = setting(1024, "requests accepted at once; more are answered 429", low=1)
     max_queued: int = setting(256, "requests that wait for a prefill; more are answered 429", low=1)
     max_ttft_s: float = setting(

@@ -45,7 +45,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
         bounds=Acceptable(settings.max_ttft_s, settings.max_tpot_s),
         seal=read_seal(settings.fleet_secret_file),
     )
-    bounds = Bounds(settings.max_body_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)
+    bounds = Bounds(settings.max_body_bytes, settings.max_bodies_bytes, BODY_S, settings.deadline_s, settings.write_timeout_s)
     server = HttpServer(
         create_app(desk, model, bounds, metrics, access, origins, names),
         settings.http_host,

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from common.errors import RequestError
 from common.logs import get_logger
 from gateway.ask import Desk
-from gateway.bodies import read_body
+from gateway.bodies import Bodies
 from gateway.chorus import Chorus
 from gateway.gate import METER
 from gateway.limits import Meter
@@ -30,9 +30,6 @@ from gateway.tab import Tab
 
 log = get_logger(__name__)
 
-THREAD_BYTES = 8192
-"""Bodies larger than this are parsed and tokenised on a thread, so that no stream waits for them."""
-
 R = TypeVar("R")
 Words: TypeAlias = tuple[int, Piece]
 """A piece, and the choice it belongs to."""
@@ -43,6 +40,8 @@ class Bounds:
     """What a client may cost."""
 
     max_body_bytes: int
+    max_bodies_bytes: int
+    """Of all bodies at a time, beyond a little of each (gateway/bodies.py)."""
     body_s: float
     """A body must be complete this long after its head."""
     deadline_s: float
@@ -53,8 +52,9 @@ class Bounds:
 class Answers:
     """Answers requests by asking the desk."""
 
-    def __init__(self, desk: Desk, model: Model, bounds: Bounds, metrics: Metrics) -> None:
+    def __init__(self, desk: Desk, model: Model, bounds: Bounds, bodies: Bodies, metrics: Metrics) -> None:
         self._desk = desk
+        self._bodies = bodies
         self._model = model
         self._bounds = bounds
         self._metrics = metrics
@@ -62,9 +62,8 @@ class Answers:
     async def answer(self, request: Request, *, chat: bool) -> Response:
         """Raises RequestError for everything that is known before the first byte of the answer."""
         try:
-            body = await read_body(request, self._bounds.max_body_bytes, self._bounds.body_s)
             meter = request.scope.get(METER)
-            wish = await self._wish(body, meter, chat=chat)
+            wish = await self._bodies.make(request, lambda body: parse(body, self._model, self._limits(meter), chat=chat))
             tab = Tab(meter, wish.asks, time.monotonic())
             chorus = self._chorus(wish, tab)
         except RequestError as error:
@@ -76,16 +75,13 @@ class Answers:
             return await self._streamed(request, said, wish, form)
         return await self._whole(request, said, wish, form)
 
-    async def _wish(self, body: bytes, meter: Meter | None, *, chat: bool) -> Wish:
+    def _limits(self, meter: Meter | None) -> Limits:
         identity = self._desk.identity
         context = self._model.context_tokens
         if identity is not None:
             context = min(context, identity.context_tokens, identity.max_request_pages * identity.page_tokens)
         allowed = meter.most_tokens if meter is not None else None
-        limits = Limits(context, self._bounds.deadline_s, self._desk.most_running, allowed)
-        if len(body) > THREAD_BYTES:
-            return await asyncio.to_thread(parse, body, self._model, limits, chat=chat)
-        return parse(body, self._model, limits, chat=chat)
+        return Limits(context, self._bounds.deadline_s, self._desk.most_running, allowed)
 
     def _chorus(self, wish: Wish, tab: Tab) -> Chorus:
         """All prompts are accepted, or none."""

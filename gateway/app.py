@@ -18,7 +18,7 @@ from common.errors import NotFound, RequestError, TooLarge
 from common.logs import get_logger
 from gateway.answers import Answers, Bounds
 from gateway.ask import Desk, lacking
-from gateway.bodies import Slow
+from gateway.bodies import Bodies, Crowded, Slow
 from gateway.gate import Access, Gate
 from gateway.keys import Unauthorized
 from gateway.local import Local
@@ -48,8 +48,9 @@ class Api:
         self._desk = desk
         self._model = model
         self._metrics = metrics
-        self._answers = Answers(desk, model, bounds, metrics)
-        tokenizer = Tokenizer(model, bounds)
+        bodies = Bodies(bounds.max_body_bytes, bounds.body_s, bounds.max_bodies_bytes)
+        self._answers = Answers(desk, model, bounds, bodies, metrics)
+        tokenizer = Tokenizer(model, bodies)
         self.description: Schema = {}
         self.endpoints: dict[str, Endpoint] = {
             "chat": self.chat,
@@ -110,7 +111,7 @@ async def _request_error(request: Request, error: Exception) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = error.challenge
-    if isinstance(error, TooLarge | Slow):
+    if isinstance(error, TooLarge | Slow | Crowded):
         headers["Connection"] = "close"
     return JSONResponse(error_body(error), status_code=error.status, headers=headers)
 

@@ -1,19 +1,31 @@
-"""Reading a request's body: bounded in size and in time, a JSON object, and for the model that is served here."""
+"""Reading a request's body: bounded in size, in time and in memory with all others; a JSON object, and for the model served here."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from common.errors import BadRequest, NotFound, TooLarge
+from common.errors import BadRequest, NotFound, TooLarge, Unavailable
 from gateway.values import given
 
 DISCARDED = 8
 """Of a body that is too large, this many times the limit is read and thrown away before the refusal: a client that is still sending
 would otherwise see its connection reset and not the reason."""
+THREAD_BYTES = 8192
+"""Bodies larger than this are parsed and tokenised on a thread, so that no stream waits for them."""
+FREE_BYTES = 64 << 10
+"""Of each body, so much there is always room for."""
+LARGE_BYTES = 256 << 10
+LARGE_AT_ONCE = 2
+"""Of bodies larger than that, so many are parsed at a time: JSON can become fifty times its size."""
+AGAIN_S = 5.0
+
+R = TypeVar("R")
 
 
 class Slow(BadRequest):
@@ -22,30 +34,86 @@ class Slow(BadRequest):
     status = 408
 
 
-async def read_body(request: Request, most_bytes: int, deadline_s: float) -> bytes:
-    """Raises TooLarge or Slow; after both the connection cannot be used any more. Raises ClientDisconnect."""
-    announced = request.headers.get("content-length", "")
-    size = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
-    expects = request.headers.get("expect", "").lower() == "100-continue"
-    if size > DISCARDED * most_bytes or (size > most_bytes and expects):
-        raise TooLarge(f"the body has {announced} bytes, the limit is {most_bytes}")
-    body = bytearray()
-    length = 0
-    try:
-        async with asyncio.timeout(deadline_s):
-            async for part in request.stream():
-                length += len(part)
-                if length > DISCARDED * most_bytes:
-                    break
-                if max(length, size) <= most_bytes:
-                    body += part
-                else:
-                    body.clear()
-    except TimeoutError as error:
-        raise Slow(f"the body was not complete within {deadline_s:g} s") from error
-    if length > most_bytes:
-        raise TooLarge(f"the body is larger than the limit of {most_bytes} bytes")
-    return bytes(body)
+class Crowded(Unavailable):
+    """503: the bodies of others take all the memory that there is for them."""
+
+
+class Bodies:
+    """Reads the bodies of a gateway's requests, and has something made of them.
+
+    A body may be `most_bytes` long and must be complete within `deadline_s`. All that are read or parsed at a time may hold `room_bytes`
+    beyond the first `FREE_BYTES` of each: who sends large ones slowly keeps nobody from sending a small one.
+    """
+
+    def __init__(self, most_bytes: int, deadline_s: float, room_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._deadline_s = deadline_s
+        self._room_bytes = max(room_bytes, most_bytes)
+        self._parsing = asyncio.Semaphore(LARGE_AT_ONCE)
+
+    async def make(self, request: Request, make: Callable[[bytes], R]) -> R:
+        """What `make` makes of the body; it runs on a thread if that would keep others waiting. Raises what it raises, TooLarge, Slow and
+        Crowded, after which the connection cannot be used any more, and ClientDisconnect."""
+        share = _Share(self)
+        try:
+            body = await self._read(request, share)
+            if len(body) <= THREAD_BYTES:
+                return make(body)
+            async with self._parsing if len(body) > LARGE_BYTES else nullcontext():
+                return await asyncio.to_thread(make, body)
+        finally:
+            share.give_back()
+
+    async def _read(self, request: Request, share: _Share) -> bytes:
+        most_bytes = self._most_bytes
+        announced = request.headers.get("content-length", "")
+        size = int(announced) if announced.isdecimal() and len(announced) < 20 else 0
+        expects = request.headers.get("expect", "").lower() == "100-continue"
+        if size > DISCARDED * most_bytes or (size > most_bytes and expects):
+            raise TooLarge(f"the body has {announced} bytes, the limit is {most_bytes}")
+        body = bytearray()
+        length = 0
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                async for part in request.stream():
+                    length += len(part)
+                    if length > DISCARDED * most_bytes:
+                        break
+                    if max(length, size) <= most_bytes and share.grow(length):
+                        body += part
+                    else:
+                        body.clear()
+                        share.give_back()
+        except TimeoutError as error:
+            raise Slow(f"the body was not complete within {self._deadline_s:g} s") from error
+        if length > most_bytes:
+            raise TooLarge(f"the body is larger than the limit of {most_bytes} bytes")
+        if share.refused:
+            raise Crowded("too many large bodies at once: try again later", retry_after_s=AGAIN_S)
+        return bytes(body)
+
+
+class _Share:
+    """What one body takes of the room of all."""
+
+    def __init__(self, bodies: Bodies) -> None:
+        self._bodies = bodies
+        self._bytes = 0
+        self.refused = False
+
+    def grow(self, length: int) -> bool:
+        """False from the first time on that there is no room for a body of this length."""
+        more = max(0, length - FREE_BYTES) - self._bytes
+        self.refused = self.refused or more > self._bodies._room_bytes
+        if self.refused:
+            return False
+        self._bytes += more
+        self._bodies._room_bytes -= more
+        return True
+
+    def give_back(self) -> None:
+        self._bodies._room_bytes += self._bytes
+        self._bytes = 0
 
 
 def json_object(body: bytes) -> dict[str, Any]:

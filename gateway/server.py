@@ -23,6 +23,7 @@ log = get_logger(__name__)
 
 BACKLOG = 2048
 HEAD_BYTES = 64 << 10
+MOST_HEADERS = 128
 HEADER_BYTES = 4
 """Of each header beside its name and its value: colon, space, end of line."""
 MOST_BEHIND = 64
@@ -98,6 +99,8 @@ class _Bounded(HttpToolsProtocol):
     _timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
     """Of the message that is being read: its address, its headers and its trailers."""
+    _headers = 0
+    """Of it so far."""
     _held_bytes = 0
     """Read since the parser last gave something out: it keeps what is not complete yet."""
 
@@ -126,7 +129,7 @@ class _Bounded(HttpToolsProtocol):
             self._await_head()
 
     def on_message_begin(self) -> None:
-        self._head_bytes = self._held_bytes = 0
+        self._head_bytes = self._held_bytes = self._headers = 0
         self._await_head()
         super().on_message_begin()
 
@@ -135,6 +138,7 @@ class _Bounded(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers += 1
         self._count(len(name) + len(value) + HEADER_BYTES)
         super().on_header(name, value)
 
@@ -158,18 +162,22 @@ class _Bounded(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(_LargeHead() if self._head_bytes > HEAD_BYTES else RequestError(msg))
+        self._refuse(_LargeHead() if self._head_is_large else RequestError(msg))
 
     @property
     def _answering(self) -> bool:
         """Whether a request that was read whole, or its head, has no whole answer yet."""
         return self.cycle is not None and not self.cycle.response_complete
 
+    @property
+    def _head_is_large(self) -> bool:
+        return self._head_bytes > HEAD_BYTES or self._headers > MOST_HEADERS
+
     def _count(self, octets: int) -> None:
         """Raises within the parser, which ends it: `send_400_response` says why."""
         self._held_bytes = 0
         self._head_bytes += octets
-        if self._head_bytes > HEAD_BYTES:
+        if self._head_is_large:
             raise _LargeHead
 
     def _await_head(self) -> None:
@@ -215,7 +223,7 @@ class _LargeHead(RequestError):
     status = 431
 
     def __init__(self) -> None:
-        super().__init__(f"the head of a request may have {HEAD_BYTES} bytes")
+        super().__init__(f"the head of a request may have {HEAD_BYTES} bytes and {MOST_HEADERS} headers")
 
 
 def room_for(connections: int) -> int:

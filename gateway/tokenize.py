@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from common.errors import BadRequest
-from gateway.answers import THREAD_BYTES, Bounds
-from gateway.bodies import check_model, json_object, read_body
+from gateway.bodies import Bodies, check_model, json_object
 from gateway.inputs import message_ids
 from gateway.prompts import Model
 from gateway.values import flag
@@ -23,9 +21,9 @@ DETOKENIZE = frozenset({"model", "tokens"})
 class Tokenizer:
     """The two endpoints."""
 
-    def __init__(self, model: Model, bounds: Bounds) -> None:
+    def __init__(self, model: Model, bodies: Bodies) -> None:
         self._model = model
-        self._bounds = bounds
+        self._bodies = bodies
 
     async def tokenize(self, request: Request) -> Response:
         return await self._reply(request, tokenized)
@@ -34,10 +32,7 @@ class Tokenizer:
         return await self._reply(request, detokenized)
 
     async def _reply(self, request: Request, make: Callable[[bytes, Model], dict[str, Any]]) -> Response:
-        body = await read_body(request, self._bounds.max_body_bytes, self._bounds.body_s)
-        if len(body) > THREAD_BYTES:
-            return JSONResponse(await asyncio.to_thread(make, body, self._model))
-        return JSONResponse(make(body, self._model))
+        return JSONResponse(await self._bodies.make(request, lambda body: make(body, self._model)))
 
 
 def tokenized(body: bytes, model: Model) -> dict[str, Any]:

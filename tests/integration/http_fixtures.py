@@ -27,6 +27,8 @@ BODY_S = 1.0
 HEAD_S = 1.0
 WRITE_S = 2.0
 MOST_BYTES = 2 << 20
+ROOM_BYTES = 3 << 20
+"""For all bodies at a time."""
 
 
 class Served:
@@ -39,7 +41,7 @@ class Served:
         self.model = model
         self.figures = Metrics()
         self._connections: list[socket.socket] = []
-        self.app = create_app(desk, model, Bounds(MOST_BYTES, BODY_S, 600.0, WRITE_S), self.figures, access, origins, names)
+        self.app = create_app(desk, model, Bounds(MOST_BYTES, ROOM_BYTES, BODY_S, 600.0, WRITE_S), self.figures, access, origins, names)
         self.server = HttpServer(self.app, "127.0.0.1", 0, write_s=WRITE_S, head_s=HEAD_S, most=most)
         self.port = self.server.port
         self.url = f"http://127.0.0.1:{self.port}"

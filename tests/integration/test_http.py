@@ -283,7 +283,7 @@ def test_health_and_ready(served: Served) -> None:
 
 
 def test_a_port_in_use_is_said_at_once(served: Served) -> None:
-    app = create_app(served.desk, served.model, Bounds(1024, 1.0, 1.0, 1.0), Metrics())
+    app = create_app(served.desk, served.model, Bounds(1024, 1024, 1.0, 1.0, 1.0), Metrics())
     with pytest.raises(StartError, match=f"127.0.0.1:{served.port}.*in use"):
         HttpServer(app, "127.0.0.1", served.port)
 

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pytest
 
+from gateway.server import MOST_HEADERS
 from tests.integration.echo_desk import Script
 from tests.integration.http_fixtures import BODY_S, HEAD_S, MOST_BYTES, NAME, PATIENCE_S, Served, completion, reply, request, serving
 
@@ -180,6 +181,33 @@ def test_an_endless_head(served: Served) -> None:
     status, headers, _ = reply(connection)
     assert status == 431 and headers["connection"] == "close" and time.monotonic() - begin < HEAD_S / 2
     assert_works(served, served.connect())
+
+
+def test_a_head_of_very_many_headers(served: Served) -> None:
+    """Each costs the parser more than its bytes."""
+    connection = served.connect()
+    connection.sendall(b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * MOST_HEADERS + b"\r\n")
+    assert reply(connection)[0] == 200
+    connection.sendall(b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * (MOST_HEADERS + 1) + b"\r\n")
+    status, headers, _ = reply(connection)
+    assert status == 431 and headers["connection"] == "close"
+    assert_works(served, served.connect())
+
+
+def test_bodies_of_others_may_fill_the_room_for_large_ones_only(served: Served) -> None:
+    large = json.dumps({**GOOD, "prompt": "x" * (MOST_BYTES - 1000)})
+    for _ in range(20):
+        stalled = served.connect()
+        stalled.sendall(request(TEXT, b"x" * (MOST_BYTES - 1), length=MOST_BYTES))
+        answer = httpx.post(f"{served.url}{TEXT}", content=large, timeout=PATIENCE_S)
+        if answer.status_code == 503:
+            break
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "5" and answer.headers["connection"] == "close"
+    assert_works(served, served.connect())
+    served.hang_up()
+    give_up = time.monotonic() + PATIENCE_S
+    while httpx.post(f"{served.url}{TEXT}", content=large, timeout=PATIENCE_S).status_code != 400:
+        assert time.monotonic() < give_up, "it is longer than the context, once it is read"
 
 
 FILLERS = {"lines": (b"X-Filler: " + b"x" * 1000 + b"\r\n") * 200, "one line": b"X-Filler: " + b"x" * 400_000}
