@@ -13,7 +13,7 @@ import zmq
 
 from common.errors import MessageError
 from common.faults import NONE, MessageFault
-from common.logs import get_logger
+from common.logs import get_logger, worth_saying
 from common.messages import Incarnation, Letter, ToPeer, ToWorker, decode, encode
 from common.pump import Pump, bind, connected, new_socket
 from common.refusals import Refusals
@@ -72,8 +72,8 @@ class ControlClient:
         self._seal = seal
         self._fault = fault
         self._pumps: dict[Incarnation, Pump] = {}
-        self._unmet: set[Incarnation] = set()
-        """Peers that could not be connected to."""
+        self._failures = 0
+        """To connect to a peer."""
         self.refusals = Refusals(log, "a letter")
 
     @property
@@ -87,16 +87,14 @@ class ControlClient:
         try:
             socket = connected(zmq.DEALER, HIGH_WATER, MAX_LETTER_BYTES, address, self._prepare)
         except zmq.ZMQError as error:
-            if peer not in self._unmet:
-                log.warning("a peer cannot be connected to: trying on", peer=peer, address=address, reason=error)
-                self._unmet.add(peer)
+            self._failures += 1
+            if worth_saying(self._failures):
+                log.warning("a peer cannot be connected to", peer=peer, address=address, reason=error, so_far=self._failures)
             return False
-        self._unmet.discard(peer)
         self._pumps[peer] = Pump(socket, partial(self._received, peer), self._fault)
         return True
 
     def disconnect(self, peer: Incarnation) -> None:
-        self._unmet.discard(peer)
         pump = self._pumps.pop(peer, None)
         if pump is not None:
             pump.close()

@@ -9,10 +9,13 @@ MOST_FILES = 65_536
 
 
 def allow_files(wanted: int = MOST_FILES) -> int:
-    """Raise this process' own limit to `wanted`, as far as the system lets it, and give what it may open."""
+    """Raise this process' own limit to `wanted`, as far as the system lets it, and give how many of these it may open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return wanted
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (OSError, ValueError):  # a system whose own bound (fs.nr_open) is below the hard limit
+        return soft
     return allowed

@@ -39,6 +39,11 @@ class Logger:
             self._logger.log(level, message, extra={"facts": facts})
 
 
+def worth_saying(count: int) -> bool:
+    """Of what happens again and again the 1st, 2nd, 4th, 8th … time: a flood must not fill the log."""
+    return count & (count - 1) == 0
+
+
 def get_logger(name: str) -> Logger:
     return Logger(name)
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Literal
 
-from common.logs import Logger
+from common.logs import Logger, worth_saying
 
 Reason = Literal["malformed", "for another", "false sender", "stranger", "mismatch"]
 
 
 class Refusals:
-    """A flood must not fill the log: the 1st, 2nd, 4th, 8th … of a reason are logged."""
+    """Of each reason those that are worth saying (common/logs.py) are logged."""
 
     def __init__(self, log: Logger, what: str) -> None:
         self._log = log
@@ -26,5 +26,5 @@ class Refusals:
         """`facts`: nothing that the sender has written freely."""
         self._counts[reason] += 1
         count = self._counts[reason]
-        if count & (count - 1) == 0:
+        if worth_saying(count):
             self._log.warning(f"{self._what} refused", reason=reason, so_far=count, **facts)

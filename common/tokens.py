@@ -14,7 +14,7 @@ import zmq
 
 from common.errors import MessageError
 from common.faults import NONE, MessageFault
-from common.logs import get_logger
+from common.logs import get_logger, worth_saying
 from common.messages import Event, Incarnation, Parcel, decode, encode
 from common.pump import Pump, bind, connected, new_socket
 from common.refusals import Refusals
@@ -98,8 +98,8 @@ class TokenPublisher:
         self._on_open = on_open
         self._fault = fault
         self._links: dict[Incarnation, _Link] = {}
-        self._unmet: set[Incarnation] = set()
-        """Gateways that could not be connected to."""
+        self._failures = 0
+        """To connect to a gateway."""
 
     def open(self, gateway: Incarnation, address: str) -> None:
         """Connect to a gateway; a second call with the same address changes nothing, or repeats what did not succeed."""
@@ -110,11 +110,10 @@ class TokenPublisher:
             self.close(gateway)
         try:
             self._links[gateway] = _Link(gateway, address, partial(self._changed, gateway), self._seal, self._fault)
-            self._unmet.discard(gateway)
         except zmq.ZMQError as error:
-            if gateway not in self._unmet:
-                log.warning("a gateway cannot be connected to: trying on", gateway=gateway, address=address, reason=error)
-                self._unmet.add(gateway)
+            self._failures += 1
+            if worth_saying(self._failures):
+                log.warning("a gateway cannot be connected to", gateway=gateway, address=address, reason=error, so_far=self._failures)
 
     def knows(self, gateway: Incarnation) -> bool:
         """Whether there is a link to it, in force or not yet."""
@@ -133,7 +132,6 @@ class TokenPublisher:
         return link.pump.send([link.topic, encode(Parcel(self._incarnation, gateway, list(events)))])
 
     def close(self, gateway: Incarnation) -> None:
-        self._unmet.discard(gateway)
         link = self._links.pop(gateway, None)
         if link is not None:
             link.pump.close()

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from common.errors import RequestError
+from common.errors import RequestError, SettingError
 from common.logs import get_logger
 from gateway.ask import Desk
 from gateway.bodies import Bodies
@@ -47,6 +47,11 @@ class Bounds:
     deadline_s: float
     write_s: float
     """A stream whose client takes nothing for this long ends."""
+
+    def __post_init__(self) -> None:
+        """Raises SettingError."""
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise SettingError(f"max_bodies_bytes is {self.max_bodies_bytes}, less than max_body_bytes, {self.max_body_bytes}")
 
 
 class Answers:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -48,21 +48,45 @@ class Bodies:
     def __init__(self, most_bytes: int, deadline_s: float, room_bytes: int) -> None:
         self._most_bytes = most_bytes
         self._deadline_s = deadline_s
-        self._room_bytes = max(room_bytes, most_bytes)
+        self._room_bytes = room_bytes
         self._parsing = asyncio.Semaphore(LARGE_AT_ONCE)
 
     async def make(self, request: Request, make: Callable[[bytes], R]) -> R:
         """What `make` makes of the body; it runs on a thread if that would keep others waiting. Raises what it raises, TooLarge, Slow and
-        Crowded, after which the connection cannot be used any more, and ClientDisconnect."""
+        Crowded, after which the connection cannot be used any more, and ClientDisconnect. Only a process that ends cancels it: the room
+        comes back then while a thread may still hold the body."""
         share = _Share(self)
         try:
             body = await self._read(request, share)
             if len(body) <= THREAD_BYTES:
                 return make(body)
-            async with self._parsing if len(body) > LARGE_BYTES else nullcontext():
+            async with self._turn() if len(body) > LARGE_BYTES else nullcontext():
                 return await asyncio.to_thread(make, body)
         finally:
             share.give_back()
+
+    def take(self, count: int) -> bool:
+        """Room for `count` bytes more; False if there is not as much."""
+        if count > self._room_bytes:
+            return False
+        self._room_bytes -= count
+        return True
+
+    def give_back(self, count: int) -> None:
+        self._room_bytes += count
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """One of those that parse large bodies. Raises Crowded if that takes too long."""
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                await self._parsing.acquire()
+        except TimeoutError as error:
+            raise _crowded() from error
+        try:
+            yield
+        finally:
+            self._parsing.release()
 
     async def _read(self, request: Request, share: _Share) -> bytes:
         most_bytes = self._most_bytes
@@ -89,7 +113,7 @@ class Bodies:
         if length > most_bytes:
             raise TooLarge(f"the body is larger than the limit of {most_bytes} bytes")
         if share.refused:
-            raise Crowded("too many large bodies at once: try again later", retry_after_s=AGAIN_S)
+            raise _crowded()
         return bytes(body)
 
 
@@ -104,16 +128,19 @@ class _Share:
     def grow(self, length: int) -> bool:
         """False from the first time on that there is no room for a body of this length."""
         more = max(0, length - FREE_BYTES) - self._bytes
-        self.refused = self.refused or more > self._bodies._room_bytes
+        self.refused = self.refused or not self._bodies.take(more)
         if self.refused:
             return False
         self._bytes += more
-        self._bodies._room_bytes -= more
         return True
 
     def give_back(self) -> None:
-        self._bodies._room_bytes += self._bytes
+        self._bodies.give_back(self._bytes)
         self._bytes = 0
+
+
+def _crowded() -> Crowded:
+    return Crowded("too many large bodies at once: try again later", retry_after_s=AGAIN_S)
 
 
 def json_object(body: bytes) -> dict[str, Any]:

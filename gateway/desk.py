@@ -256,7 +256,8 @@ class LiveDesk:
             if member.role == "gateway" or name in self._control.peers:
                 continue
             if not self._fits(member):
-                self._refusals.note("mismatch", worker=name)
+                if name not in self._members:  # once: it is named again as long as it lives
+                    self._refusals.note("mismatch", worker=name)
                 continue
             if not self._control.connect(name, member.control_address):
                 all_met = False

@@ -52,7 +52,7 @@ READY = (
     "Whether a request could be served now, and what is lacking: a role, identity (no worker has ever joined), gateway (it drains), redis"
 )
 ANSWERS = (400, 404, 408, 413, 429, 500, 503)
-CHECKS = (400, 404, 408, 413, 500)
+CHECKS = (400, 404, 408, 413, 500, 503)
 OBJECTIVES = (
     Query("ttft_ms", "Objective for the time to the first token", 500),
     Query("tpot_ms", "Objective for the mean time per output token after the first", 50),

@@ -8,7 +8,7 @@ from common.messages import Committed, Incarnation, Key, Offer, PeerBeat, Pushed
 from services.decode import inbound
 from services.decode.inbound import Commit, Inbound
 from services.engine.plan import Began, Computed, Drawn, Failed, Granted, Outcome, Preempted
-from services.transfer.protocol import Arrived, Landed, Posted
+from services.transfer.protocol import Arrived, Landed, NotPosted, Posted
 from services.worker.jobs import forked
 from services.worker.outbox import Outbox
 from services.worker.runs import Acknowledge, Release, Runs, Stop, Submit
@@ -65,6 +65,9 @@ class DecodeCore:
 
     def posted(self, event: Posted, now: float) -> list[Action]:
         return self._resolve(self.inbound.posted(event), now)
+
+    def not_posted(self, event: NotPosted, now: float) -> list[Action]:
+        return self._resolve(self.inbound.not_posted(event), now)
 
     def arrived(self, event: Arrived, now: float) -> list[Action]:
         return self._resolve(self.inbound.arrived(event, now), now)

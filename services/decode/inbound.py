@@ -16,7 +16,7 @@ from common.messages import Committed, Granted, Incarnation, Key, Offer, Pushed,
 from services.engine.pages import HASH_BYTES
 from services.engine.plan import Handoff
 from services.engine.sequence import Sequence
-from services.transfer.protocol import Arrived, Posted
+from services.transfer.protocol import Arrived, NotPosted, Posted
 from services.worker.jobs import leader, sequence_of, unfit
 
 LAND_S = 10.0
@@ -223,6 +223,13 @@ class Inbound:
         arrival = self._arrivals[handoff]
         arrival.granted = Granted(handoff[1], arrival.grant, list(arrival.pages), list(event.ranks))
         return [Send(handoff[0], arrival.granted)]
+
+    def not_posted(self, event: NotPosted) -> list[Action]:
+        """A rank can take no pages of this prefill now: another decode may."""
+        handoff = self._by_grant.get(event.grant)
+        if handoff is None or self._arrivals[handoff].stage is not Stage.GRANTED:
+            return []
+        return [*self._abandon(handoff, self._arrivals[handoff]), Send(handoff[0], Refused(handoff[1], "nothing can be received now"))]
 
     def arrived(self, event: Arrived, now: float) -> list[Action]:
         handoff = self._by_grant.get(event.grant)

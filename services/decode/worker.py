@@ -29,7 +29,7 @@ from services.decode.core import Action, DecodeCore
 from services.decode.inbound import Abandon, ClosePeer, Commit, Expect, Inbound, Land, Lapse, Reserve, Send
 from services.engine.plan import Drawn, Outcome
 from services.transfer.parts import covers
-from services.transfer.protocol import Arrived, Landed, Posted, TransferEvent
+from services.transfer.protocol import Arrived, Landed, NotPosted, Posted, TransferEvent
 from services.worker.figures import transfer_figures
 from services.worker.orders import Heard
 from services.worker.room import Room
@@ -161,6 +161,8 @@ class DecodeWorker(Worker[Action]):
         match event:
             case Posted():
                 self.do(self._core.posted(event, now))
+            case NotPosted():
+                self.do(self._core.not_posted(event, now))
             case Arrived():
                 self.do(self._core.arrived(event, now))
             case Landed():

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from common.messages import GrantedRank
-from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent, TransferEvent
+from services.transfer.protocol import Arrived, Landed, NotPosted, Posted, PushFailed, Sent, TransferEvent
 
 
 @dataclass(eq=False)
@@ -69,6 +69,8 @@ class Gather:
                     return None
                 del self._pushes[handoff, number]
                 return Sent(handoff, number, _by_receiver([sent[r] for r in range(self._ranks)]))
+            case NotPosted():
+                return event
             case PushFailed(handoff, number):
                 self.withdrawn(handoff, number)
                 return event

@@ -53,6 +53,12 @@ class Posted(Struct, frozen=True, tag=True):
     ranks: tuple[GrantedRank, ...]
 
 
+class NotPosted(Struct, frozen=True, tag=True):
+    """Nothing can be received from this peer now: the grant is to be abandoned. Comes in the place of `Posted`."""
+
+    grant: int
+
+
 class Arrived(Struct, frozen=True, tag=True):
     """Every receive of the grant has completed with a whole page; `checksums` of what lies there, as in `Sent`."""
 
@@ -66,7 +72,7 @@ class Landed(Struct, frozen=True, tag=True):
     grant: int
 
 
-TransferEvent: TypeAlias = Sent | PushFailed | Posted | Arrived | Landed
+TransferEvent: TypeAlias = Sent | PushFailed | Posted | NotPosted | Arrived | Landed
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +100,8 @@ class Transfer(Protocol):
 
     def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
         """Post receives: page `pages[i]` takes the sequence's page `indices[i]`, from each of the peer's ranks (`sources`) what both hold
-        of it. `Posted` says where this rank wants them sent. Ends in `Arrived`, or in `Landed`: after `abandon` or `close_peer`, or
-        without `Posted` if nothing can be received from this peer now."""
+        of it. `Posted` says where this rank wants them sent, or `NotPosted` that it can take none now. Ends in `Arrived`, or, after
+        `abandon` or `close_peer`, in `Landed`."""
 
     def abandon(self, grant: int, *, told: bool) -> None:
         """Give the grant up. `Landed` follows once every receive has completed (the sender flushes what it never pushed) or the peer is

@@ -26,7 +26,7 @@ from services.transfer.faults import Fault
 from services.transfer.inbound import Inbound
 from services.transfer.outbound import PUSH_S, Outbound
 from services.transfer.places import Places
-from services.transfer.protocol import Landed, Posted, TransferCounts, TransferEvent
+from services.transfer.protocol import NotPosted, Posted, TransferCounts, TransferEvent
 from services.transfer.receiving import Received, Receiver
 from services.transfer.sending import Sender
 
@@ -46,6 +46,7 @@ BUSY_WAIT_S = 0.02
 DEAF_WAIT_S = 0.001
 """The same once that has happened. Between containers it always does: UCX wakes a peer in shared memory through a socket that stays inside
 its network namespace."""
+UNREADY_S = 30.0
 CLOSE_S = 3.0
 """A closed peer's receives should have ended by then; those that have not are destroyed with their worker."""
 
@@ -92,6 +93,8 @@ class UcxTransfer:
         self._overslept = False
         """Whether the last sleep ended by its own time."""
         self._deaf = False
+        self._unready_since: float | None = None
+        """When a receiver could not be made, and none could since."""
         self._stopping = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._live, name="transfer", daemon=True)
@@ -230,20 +233,25 @@ class UcxTransfer:
     def _expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
         receiver = self._receivers.get(peer) or self._new_receiver(peer)
         if receiver is None:
-            self._emit([Landed(grant)])
+            self._emit([NotPosted(grant)])
             return
         receives = receiver.expect(grant, pages, indices, sources)
         self._emit([Posted(grant, (receiver.rank,)), *self._inbound.expect(peer, grant, receives)])
 
     def _new_receiver(self, peer: Incarnation) -> Receiver | None:
-        """None if UCX cannot make one now, as when the process may open no more files: the prefill offers again."""
+        """None if UCX cannot make one now, as when the process may open no more files. Raises what it raises if it could not for
+        `UNREADY_S`: a worker that starts anew may do better."""
         try:
             worker = self._new_worker()
             receiver = Receiver(worker, self._places, self._inbound, self._emit, self._received, checksums=self._checksums)
         except Exception as error:  # UCXX raises bare RuntimeErrors besides its own
             log.warning("nothing can be received from a peer", peer=peer, reason=f"{type(error).__name__}: {error}")
             self._received.failures += 1
+            self._unready_since = self._unready_since or time.monotonic()
+            if time.monotonic() - self._unready_since > UNREADY_S:
+                raise
             return None
+        self._unready_since = None
         self._receivers[peer] = receiver
         return receiver
 

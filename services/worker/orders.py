@@ -10,7 +10,7 @@ from msgspec import Struct
 from common.messages import GrantedRank, Incarnation, Shard
 from services.engine.launch import Ints
 from services.engine.launch import Launch as Arrays
-from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent
+from services.transfer.protocol import Arrived, Landed, NotPosted, Posted, PushFailed, Sent
 
 # ---------------------------------------------------------------------------------------------------- start and launches
 
@@ -147,6 +147,6 @@ class Told(Struct, frozen=True, tag=True):
 class Heard(Struct, frozen=True, tag=True):
     """From a rank's transfer: an event, and its counts since the start (services/transfer/protocol.py)."""
 
-    event: Posted | Arrived | Landed | Sent | PushFailed
+    event: Posted | NotPosted | Arrived | Landed | Sent | PushFailed
     counts: tuple[int, int, int, int, int]
     transport: str

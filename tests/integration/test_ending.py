@@ -31,7 +31,7 @@ async def cancelled_once(task: asyncio.Task[None]) -> bool:
 
 
 def keep(redis: Redis) -> Coroutine[None, None, None]:
-    return Fleet(redis, "f").keep(Introduction("gateway", "g", "", ""), None, lambda peers, identity: None)
+    return Fleet(redis, "f").keep(Introduction("gateway", "g", "", ""), None, lambda peers, identity: True)
 
 
 def claims(redis: Redis) -> Coroutine[None, None, None]:

@@ -19,11 +19,12 @@ from redis.asyncio import Redis
 
 from common import names
 from common.control import ControlClient, ControlServer
+from common.errors import TransferError
 from common.fleet import Fleet
 from common.messages import Identity, Incarnation, Introduction, Letter, Shard, Token, Tokens, WorkerBeat
 from common.messages import Key as ExecutionKey
 from common.tokens import TokenPublisher, TokenSubscriber
-from services.transfer.protocol import Landed, Posted, TransferEvent
+from services.transfer.protocol import NotPosted, Posted, TransferEvent
 from services.transfer.ucx import UcxTransfer
 
 pytestmark = pytest.mark.system
@@ -104,7 +105,7 @@ async def test_a_gateway_that_could_not_be_met_is_met_by_its_next_beat() -> None
         gateway.close()
 
 
-def test_a_grant_for_which_nothing_can_be_received_lands() -> None:
+def test_a_grant_for_which_nothing_can_be_received_is_refused() -> None:
     """The transfer's thread ended, nobody was told, and the grant waited half a minute for the process to end."""
     events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
     transfer = UcxTransfer(torch.zeros((4, 4096), dtype=torch.uint8), SHARD, events.put)
@@ -112,11 +113,31 @@ def test_a_grant_for_which_nothing_can_be_received_lands() -> None:
     try:
         with no_more_files():
             transfer.expect("p", next(grants), (0,), (0,), (SHARD,))
-            assert events.get(timeout=WAIT_S) == Landed(1)
+            assert events.get(timeout=WAIT_S) == NotPosted(1)
         transfer.expect("p", next(grants), (0,), (0,), (SHARD,))
         posted = events.get(timeout=WAIT_S)
         assert isinstance(posted, Posted) and posted.grant == 2
         transfer.check()
+    finally:
+        transfer.close()
+
+
+def test_a_worker_that_can_receive_nothing_for_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started anew it may do better; with nothing running here it would draw every prompt to itself."""
+    monkeypatch.setattr("services.transfer.ucx.UNREADY_S", 0.1)
+    events: queue.SimpleQueue[TransferEvent] = queue.SimpleQueue()
+    transfer = UcxTransfer(torch.zeros((4, 4096), dtype=torch.uint8), SHARD, events.put)
+    try:
+        with no_more_files():
+            transfer.expect("p", 1, (0,), (0,), (SHARD,))
+            assert events.get(timeout=WAIT_S) == NotPosted(1)
+            time.sleep(0.2)
+            transfer.expect("p", 2, (0,), (0,), (SHARD,))
+            give_up = time.monotonic() + WAIT_S
+            with pytest.raises(TransferError, match="has ended"):
+                while time.monotonic() < give_up:
+                    transfer.check()
+                    time.sleep(0.01)
     finally:
         transfer.close()
 

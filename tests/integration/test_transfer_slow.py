@@ -143,6 +143,17 @@ def test_a_thread_that_does_not_come_round_ends_the_worker() -> None:
             transfers.watch(100.0 + STUCK_S + 1 + look / 2)
 
 
+def test_a_thread_that_has_died_ends_the_worker_at_once() -> None:
+    transfers = watched(100.0)
+
+    def dead() -> None:
+        raise TransferError("the transfer has ended")
+
+    transfers._own.check = dead  # type: ignore[method-assign]
+    with pytest.raises(TransferError, match="has ended"):
+        transfers.watch(100.0)
+
+
 def test_a_process_that_was_stopped_is_not_taken_for_it() -> None:
     transfers = watched(100.0)
     for look in range(STUCK_LOOKS - 1):

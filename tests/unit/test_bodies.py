@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 from starlette.requests import Request
 from starlette.types import Message
 
 from common.errors import BadRequest
-from gateway.bodies import FREE_BYTES, Bodies, Crowded, Slow
+from gateway.bodies import FREE_BYTES, LARGE_AT_ONCE, LARGE_BYTES, Bodies, Crowded, Slow
 
 MOST = 4 * FREE_BYTES
 
@@ -66,4 +67,24 @@ async def test_room_comes_back_however_a_request_ends(end: str) -> None:
         asked.cancel()
     (outcome,) = await asyncio.gather(asked, return_exceptions=True)
     assert isinstance(outcome, BaseException) and (end != "slow" or isinstance(outcome, Slow))
-    assert bodies._room_bytes == MOST
+    assert bodies.take(MOST), "all of it is there"
+
+
+async def test_large_bodies_are_parsed_a_few_at_a_time_and_none_waits_for_ever() -> None:
+    bodies = Bodies(2 * LARGE_BYTES, 0.3, room_bytes=100 * LARGE_BYTES)
+    going_on, parsing = threading.Event(), 0
+
+    def parse(body: bytes) -> None:
+        nonlocal parsing
+        parsing += 1
+        assert going_on.wait(10)
+
+    senders = [Sender() for _ in range(LARGE_AT_ONCE + 1)]
+    for sender in senders:
+        sender.send(LARGE_BYTES + 1, last=True)
+    asked = [asyncio.create_task(bodies.make(sender.request, parse)) for sender in senders]
+    with pytest.raises(Crowded):
+        await asked[-1]
+    assert parsing == LARGE_AT_ONCE
+    going_on.set()
+    await asyncio.gather(*asked[:-1])

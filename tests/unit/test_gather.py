@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from common.messages import GrantedRank, Shard
 from services.transfer.gather import Gather
-from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent
+from services.transfer.protocol import Arrived, Landed, NotPosted, Posted, PushFailed, Sent
 
 RANKS = [GrantedRank(Shard(rank, (0, 1), (rank, rank + 1)), b"%d" % rank) for rank in range(2)]
 
@@ -35,6 +35,14 @@ def test_a_rejected_grant_lands_after_it_has_arrived() -> None:
     for rank in range(2):
         gather.heard(rank, Arrived(7, ((rank,),)))
     assert [gather.heard(rank, Landed(7)) for rank in range(2)] == [None, Landed(7)]
+
+
+def test_a_rank_that_can_take_nothing_is_the_worker_s_at_once_and_nothing_is_left_of_its_grant() -> None:
+    gather = Gather(2)
+    assert gather.heard(0, Posted(7, (RANKS[0],))) is None
+    assert gather.heard(1, NotPosted(7)) == NotPosted(7)
+    assert [gather.heard(rank, Landed(7)) for rank in range(2)] == [None, Landed(7)]
+    assert len(gather) == 0
 
 
 def test_checksums_of_what_was_sent_stand_by_receiver_then_by_sender() -> None:

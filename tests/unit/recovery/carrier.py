@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from common.messages import GrantedRank, Shard
 from services.transfer.outbound import PUSH_S
-from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent, TransferEvent, keyed
+from services.transfer.protocol import Arrived, Landed, NotPosted, Posted, PushFailed, Sent, TransferEvent, keyed
 from tests.unit.recovery.fabric import MASK, PAGE_TOKENS, Clock, Process, Weather
 
 SHARD = Shard(0, (0, 1), (0, 1))
@@ -86,6 +86,9 @@ class Carrier:
     def expect(self, peer: str, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
         link = self.links.get(peer)
         if link is None:
+            if self._weather.not_posted and self._rng.random() < self._weather.not_posted:
+                self._emit(NotPosted(grant))
+                return
             self._addresses += 1
             link = self.links[peer] = Link(f"{self.process.name}/{self._addresses}".encode())
         self._emit(Posted(grant, (GrantedRank(SHARD, link.address),)))

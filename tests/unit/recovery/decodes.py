@@ -16,7 +16,7 @@ from common.messages import (
 from services.decode import inbound
 from services.decode.core import DecodeCore
 from services.decode.inbound import Inbound
-from services.transfer.protocol import Arrived, Landed, Posted, TransferEvent
+from services.transfer.protocol import Arrived, Landed, NotPosted, Posted, TransferEvent
 from tests.unit.recovery.fabric import PAGE_TOKENS
 from tests.unit.recovery.worker import Worker
 
@@ -85,6 +85,8 @@ class Decode(Worker):
         match event:
             case Posted():
                 self.do(self.core.posted(event, self.world.now))
+            case NotPosted():
+                self.do(self.core.not_posted(event, self.world.now))
             case Arrived():
                 self.do(self.core.arrived(event, self.world.now))
             case Landed():

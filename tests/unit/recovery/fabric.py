@@ -119,6 +119,7 @@ class Weather:
     claim_loss: float = 0.0
     duplicate_put: float = 0.0
     corrupt: float = 0.0
+    not_posted: float = 0.0
     push_fail: float = 0.0
     push_stall: float = 0.0
     launch_fail: float = 0.0

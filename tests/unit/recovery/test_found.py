@@ -44,7 +44,7 @@ from services.prefill import moves
 from services.prefill.core import PrefillCore
 from services.prefill.handoffs import Handoffs
 from services.prefill.routing import Load
-from services.transfer.protocol import Arrived, Posted, PushFailed
+from services.transfer.protocol import Arrived, Landed, NotPosted, Posted, PushFailed
 from services.worker.outbox import Outbox
 from services.worker.runs import Runs, Submit
 
@@ -259,6 +259,18 @@ def test_an_offer_of_which_another_choice_still_runs_is_committed_already() -> N
         core.over(ended)
     assert [action.body for action in core.letter("p", replace(both, handoff=2), 0.6) if isinstance(action, inbound.Send)] == [Committed(2)]
     assert core.runs.outbox.holding("g") == [Holding(second, 1, False, False)]
+
+
+def test_a_grant_that_cannot_be_received_is_refused_at_once_and_its_pages_come_back() -> None:
+    """Another decode may take it; a prefill that was told nothing offered it here again and again."""
+    core = decode()
+    core.letter("p", offer(1), 0.0)
+    core.outcome(EngineGranted(("p", 1), (1,)), 0.2)
+    actions = core.not_posted(NotPosted(1), 0.3)
+    assert actions[:2] == [inbound.Lapse(("p", 1)), inbound.Abandon(1, told=False)]
+    assert [action.body for action in actions if isinstance(action, inbound.Send)] == [Refused(1, "nothing can be received now")]
+    assert core.not_posted(NotPosted(1), 0.3) == [], "another rank says so too"
+    assert core.landed(Landed(1), 0.4) == [inbound.Land(("p", 1))] and len(core.inbound) == 0
 
 
 def test_a_first_token_that_is_not_the_next_one_is_refused() -> None:

@@ -127,10 +127,11 @@ class Fleet(RuleBasedStateMachine):
         weather.token_loss, weather.control_cut, weather.put_trouble = tokens, control, put
         weather.duplicate_put, weather.claim_loss = duplicate, claim
 
-    @rule(corrupt=CHANCES, fail=CHANCES, stall=CHANCES, launch=st.sampled_from((0.0, 0.02)))
-    def pages_are_lost(self, corrupt: float, fail: float, stall: float, launch: float) -> None:
+    @rule(corrupt=CHANCES, fail=CHANCES, stall=CHANCES, unposted=CHANCES, launch=st.sampled_from((0.0, 0.02)))
+    def pages_are_lost(self, corrupt: float, fail: float, stall: float, unposted: float, launch: float) -> None:
         weather = self.world.weather
         weather.corrupt, weather.push_fail, weather.push_stall, weather.launch_fail = corrupt, fail, stall, launch
+        weather.not_posted = unposted
 
     def teardown(self) -> None:
         if not hasattr(self, "world"):

@@ -28,6 +28,7 @@ def weather(rng: random.Random) -> Weather:
         push_fail=chance(0.02, 0.1),
         push_stall=chance(0.02, 0.1),
         launch_fail=chance(0.005),
+        not_posted=chance(0.2, 0.5),
     )
 
 
