@@ -1,7 +1,7 @@
 """`./scripts/soak`: a long run without faults, at a fraction of the goodput rate: does memory grow, do pages leak, do times drift?
 
 Open-loop, with the arrivals, lengths and texts of ./scripts/goodput; every five minutes the same lengths come at the same times again, with
-other text, and the last five minutes are compared with the first. After the warm-up each process' memory gets a slope with the upper
+other text, so that any five minutes can be compared with any other. After the warm-up each process' memory gets a slope with the upper
 bound of its one-sided 95 % interval; a pool's pages are touched one after the other at first, so the warm-up should fill it (--pages).
 The last line is one JSON object; the exit status is 1 if a request failed, a page leaked or a process ended.
 """
@@ -40,8 +40,7 @@ from scripts.load.workloads import WorkloadError, load
 PATIENCE_S = 300.0
 LEAST_PAGES = 128
 WINDOW_S = 300.0
-"""The same lengths come at the same times again after so long: first and last window are compared, and near the goodput the bursts that
-chance makes would decide."""
+"""The same lengths come at the same times again after so long: near the goodput the bursts that chance makes would decide otherwise."""
 LEAST_WINDOWS = 4
 """In a run that is too short for them windows are shorter."""
 SAY_S = 60.0
@@ -79,17 +78,13 @@ def schedule(seconds: float, rate: float, seed: int) -> tuple[float, list[list[f
     return window_s, [[number * window_s + at * fit for at in times] for number in range(round(seconds / window_s))]
 
 
-def times(records: Sequence[Record], windows: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """TTFT in milliseconds of the requests due in the first and in the last window."""
-    parts = {
-        "first": [record for record in records if record.due_s <= windows[0][-1]],
-        "last": [record for record in records if record.due_s >= windows[-1][0]],
-    }
-    found: dict[str, Any] = {}
-    for name, part in parts.items():
+def times(records: Sequence[Record], windows: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """TTFT in milliseconds of the requests due in each window."""
+    found = []
+    for window in windows:
+        part = [record for record in records if window[0] <= record.due_s <= window[-1]]
         served = [record.served.ttft_s for record in part if record.error is None]
-        p50, p90 = quantile(served, 0.5), quantile(served, 0.9)
-        found[name] = {"requests": len(part), "p50_ttft_ms": _ms(p50), "p90_ttft_ms": _ms(p90)}
+        found.append({"requests": len(part), "p50_ms": _ms(quantile(served, 0.5)), "p90_ms": _ms(quantile(served, 0.9))})
     return found
 
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./scripts/gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a small model of the Llama family [a random one]")
     parser.add_argument("--only", choices=tuple(LIMITS), action="append", help="this section; may repeat [all but sweep and system]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the last line here, again after every section")
     chosen = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_check: torch sees no CUDA device on this machine", file=sys.stderr)
@@ -48,6 +50,8 @@ def main() -> int:
         print(f"gpu_check: {name}, at most {LIMITS[name]} s", file=sys.stderr, flush=True)
         found[name] = run([sys.executable, "-m", "scripts.gpu.section", name, *([chosen.model] if chosen.model else [])], LIMITS[name])
         well &= found[name]["ok"]
+        if chosen.json is not None:
+            chosen.json.write_text(json.dumps({"ok": well, **found}) + "\n")
     print(json.dumps({"ok": well, **found}), flush=True)
     return 0 if well else 1
 
@@ -55,7 +59,7 @@ def main() -> int:
 def run(command: list[str], limit_s: float) -> dict[str, Any]:
     """What a section has printed, line by line `["name", result]`, until it ended or its time was up; other lines go to stderr."""
     began = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, process_group=0)
     overdue = threading.Event()
 
     def end() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from scripts.gpu.guard import attempt, failed
 from tests.kernel_cases import CASES, SHAPES, Shape
 
 LONG = Shape(kv_heads=8, group=4, dim=128, page_tokens=16, scale=30)
@@ -24,7 +25,7 @@ def results(model: str | None) -> Iterator[tuple[str, Any]]:
     with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
         asked = {pool.submit(checked, case, *shape): f"{case}, {', '.join(shape)}" for case in CASES for shape in shapes}
         for done in as_completed(asked):
-            yield asked[done], done.result()
+            yield attempt(asked[done], done.result)
 
 
 def checked(case: str, shape: str, kind: str) -> dict[str, Any]:
@@ -35,5 +36,5 @@ def checked(case: str, shape: str, kind: str) -> dict[str, Any]:
     try:
         error, bound = CASES[case](TritonOperators(), LONG if shape == "long" else SHAPES[shape], TYPES[kind], device, seed)
     except Exception as failure:  # one kernel that does not compile says nothing of the others
-        return {"ok": False, "seed": seed, "failure": f"{type(failure).__name__}: {failure}"[:500]}
+        return {**failed(failure), "seed": seed}
     return {"ok": error <= bound, "error": error, "bound": bound, "seed": seed}

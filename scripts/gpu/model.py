@@ -6,6 +6,7 @@ from __future__ import annotations
 import tempfile
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from common.messages import Key, Sampling
 from common.settings import Kernels
+from scripts.gpu.guard import attempt
 from services.engine.cuda.runner import runner
 from services.engine.forward import place
 from services.engine.model import load
@@ -38,8 +40,8 @@ def results(model: str | None) -> Iterator[tuple[str, Any]]:
         path = Path(model) if model else random_model(Path(made))
         for dtype in NEAR:
             for kernels in ("native", "torch"):
-                yield f"greedy, {kernels}, {dtype}", greedy(path, dtype, kernels)  # type: ignore[arg-type]
-    yield "draws", draws()
+                yield attempt(f"greedy, {kernels}, {dtype}", partial(greedy, path, dtype, kernels))  # type: ignore[arg-type]
+    yield attempt("draws", draws)
 
 
 def random_model(folder: Path) -> Path:

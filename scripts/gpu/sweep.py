@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -190,7 +191,10 @@ def compile_all() -> None:
     """Every kernel of this sweep, by several processes."""
     products = [partial(_product, batch, gated, tile) for batch in BATCHES for gated in (False, True) for tile in tiles(batch, gated)]
     todo = [*products, *(partial(_decoding, tile) for tile in DECODES), *(partial(_prefilling, tile) for tile in PREFILLS)]
-    with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+    with (
+        contextlib.suppress(BrokenProcessPool),
+        ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), mp_context=get_context("spawn")) as pool,
+    ):
         list(pool.map(_compile, todo))
 
 

@@ -57,6 +57,14 @@ def results(model: str | None) -> Iterator[Result]:
     yield from Systems(GPU, obtain(None, Progress()) if model is None else Path(model)).measured()
 
 
+def compile_kernels() -> None:
+    """Into Triton's cache, or the first system to start would pay for all of them."""
+    from scripts.gpu.speed import compile_all  # they need Triton
+    from services.engine.cuda.triton_operators import Ways
+
+    compile_all([Ways()])
+
+
 class Systems:
     """The systems that run, and what has been asked of them."""
 
@@ -78,6 +86,8 @@ class Systems:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-system-", dir=roomy())))
             stack.callback(self._stop)
             began = time.monotonic()
+            if effort.device == "cuda":
+                compile_kernels()
             written = checkpoint.write(place, effort.size, self._tokenizer, effort.device)
             torch.cuda.empty_cache()
             yield "checkpoint", {"bytes": written, "seconds": round(time.monotonic() - began, 1), "in": str(place.parent)}

@@ -20,10 +20,13 @@ WORKS = {
 def results(model: str | None) -> Iterator[tuple[str, Any]]:
     os.environ.setdefault("UCX_PROTO_INFO", "y")  # UCX's own report of how each kind of message goes
     os.environ.setdefault("UCX_LOG_LEVEL", "warn")
-    medians, transport = measure(list(WORKS.values()), "cuda")
-    yield "transport", {"ok": "cuda_ipc" in transport, "lanes": transport}
+    found = measure(list(WORKS.values()), "cuda")
+    yield "transport", {"ok": "cuda_ipc" in found.transport, "lanes": found.transport}
     for name, of in WORKS.items():
-        seconds = medians[of]
+        seconds = found.medians.get(of)
+        if seconds is None:
+            yield name, {"ok": False, "failure": found.error}
+            continue
         rates = {f"{kind}_gb_s": of.bytes / seconds[kind] / 1e9 for kind in ("plain", "checked")}
         times = {f"{kind}_us": 1e6 * seconds[kind] for kind in ("plain", "checked")}
-        yield name, {**rates, **times, "copy_gb_s": MEMCPY_BYTES / seconds["memcpy"] / 1e9}
+        yield name, {**rates, **times, "copy_gb_s": MEMCPY_BYTES["cuda"] / seconds["memcpy"] / 1e9}

@@ -28,18 +28,21 @@ class Budgets:
     rate: float
 
 
-def measure(runner: Runner, page_tokens: int, most_tokens: int, chunk_s: float) -> Budgets:
-    """Time prompts of growing length, `most_tokens` at most, on an idle engine. Uses the pool's first pages, before anybody else does."""
+def measure(runner: Runner, page_tokens: int, most_tokens: int, chunk_s: float, *, every_twice: bool = False) -> Budgets:
+    """Time prompts of growing length, `most_tokens` at most, on an idle engine. Uses the pool's first pages, before anybody else does.
+
+    The first one runs before it is timed, and `every_twice` each: on a GPU the first run of a length compiles kernels and takes memory.
+    """
     rates: dict[int, float] = {}
-    started = time.perf_counter()
+    spent = 0.0
     for length in [length for length in LENGTHS if length <= most_tokens] or [most_tokens]:
-        if rates:
-            spent = time.perf_counter() - started
-            if spent > BUDGET_S or spent + 2 * length / max(rates.values()) > 2 * BUDGET_S:
-                break
-        else:
+        if rates and (spent > BUDGET_S or spent + 2 * length / max(rates.values()) > 2 * BUDGET_S):
+            break
+        if every_twice or not rates:
             _time(runner, length, page_tokens)
-        rates[length] = length / _time(runner, length, page_tokens)
+        taken = _time(runner, length, page_tokens)
+        spent += taken
+        rates[length] = length / taken
     best = max(rates.values())
     return Budgets(saturating(rates), chunk_within(chunk_s, best, page_tokens), max(LONGEST_STEP_S, SLACK * chunk_s), best)
 

@@ -114,7 +114,8 @@ def _build(settings: WorkerSettings, where: Path, ranks: Ranks, role: Role) -> R
     if pages < needed:
         raise StartError(f"{pages} pages, but a request of {most_tokens} tokens needs {needed}: raise pages or lower max_request_tokens")
     computes = runner_over(pool)
-    budgets = measure(computes, layout.page_tokens, min(pages * layout.page_tokens, facts.context_tokens), settings.chunk_s)
+    longest = min(pages * layout.page_tokens, facts.context_tokens)
+    budgets = measure(computes, layout.page_tokens, longest, settings.chunk_s, every_twice=settings.device == "cuda")
     limits = Limits(settings.budget_tokens or budgets.budget_tokens, budgets.chunk_tokens, settings.max_batch, settings.growth_pages)
     identity = _identity(where, settings, layout, facts.context_tokens, needed)
     log.info("engine built", pages=pages, page_bytes=layout.page_bytes, dtype=layout.dtype, rate=round(budgets.rate), **_words(limits))
