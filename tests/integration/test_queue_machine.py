@@ -54,7 +54,9 @@ class Queue(RuleBasedStateMachine):
     def put(self, job_class: str) -> None:
         self.put_so_far += 1
         job = Job(f"r{self.put_so_far}", "g", "t", [1, 2], [Choice(0, 1)], Sampling(), 4)
-        self.known.append(Known(self.do(self.queue.put(job, job_class)), job))
+        entry = self.do(self.queue.put(job, job_class))
+        self.gone = [other for other in self.gone if other != entry]  # emptied in this very millisecond, a stream has the same ids
+        self.known.append(Known(entry, job))
 
     def first(self) -> Known | None:
         """What is claimed next: the oldest of the first class that has one."""
