@@ -22,8 +22,9 @@ from common.seal import Seal
 log = get_logger(__name__)
 
 HIGH_WATER = 10_000
-MAX_LETTER_BYTES = 64 << 20
-"""A longer one ends its connection."""
+MAX_LETTER_BYTES = 32 << 20
+MAX_FRAME_BYTES = 2 * MAX_LETTER_BYTES
+"""A longer one ends its connection, before anybody could count it."""
 
 
 class ControlServer:
@@ -34,7 +35,7 @@ class ControlServer:
     ) -> None:
         self._incarnation = incarnation
         self._on_letter = on_letter
-        socket = new_socket(zmq.ROUTER, HIGH_WATER, MAX_LETTER_BYTES)
+        socket = new_socket(zmq.ROUTER, HIGH_WATER, MAX_FRAME_BYTES)
         socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if seal is not None:
@@ -85,7 +86,7 @@ class ControlClient:
         if peer in self._pumps:
             return True
         try:
-            socket = connected(zmq.DEALER, HIGH_WATER, MAX_LETTER_BYTES, address, self._prepare)
+            socket = connected(zmq.DEALER, HIGH_WATER, MAX_FRAME_BYTES, address, self._prepare)
         except zmq.ZMQError as error:
             self._failures += 1
             if worth_saying(self._failures):
@@ -124,6 +125,9 @@ class ControlClient:
 
 
 def _opened(frames: list[bytes], reader: Incarnation, refusals: Refusals) -> Letter | None:
+    if len(frames[-1]) > MAX_LETTER_BYTES:
+        refusals.note("oversized", bytes=len(frames[-1]))
+        return None
     try:
         letter = decode(frames[-1], Letter)
     except MessageError as error:

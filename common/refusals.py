@@ -7,7 +7,7 @@ from typing import Literal
 
 from common.logs import Logger, worth_saying
 
-Reason = Literal["malformed", "for another", "false sender", "stranger", "mismatch"]
+Reason = Literal["malformed", "for another", "false sender", "stranger", "mismatch", "oversized"]
 
 
 class Refusals:

@@ -24,7 +24,9 @@ log = get_logger(__name__)
 
 HIGH_WATER = 10_000
 """Messages a socket keeps for a slow reader."""
-MAX_PARCEL_BYTES = 64 << 20
+MAX_PARCEL_BYTES = 32 << 20
+MAX_FRAME_BYTES = 2 * MAX_PARCEL_BYTES
+"""A longer one ends its connection, before anybody could count it."""
 
 
 class TokenSubscriber:
@@ -33,7 +35,7 @@ class TokenSubscriber:
     def __init__(self, incarnation: Incarnation, host: str, on_parcel: Callable[[Parcel], None], seal: Seal | None = None) -> None:
         self._incarnation = incarnation
         self._on_parcel = on_parcel
-        socket = new_socket(zmq.SUB, HIGH_WATER, MAX_PARCEL_BYTES)
+        socket = new_socket(zmq.SUB, HIGH_WATER, MAX_FRAME_BYTES)
         socket.setsockopt(zmq.SUBSCRIBE, incarnation.encode())
         if seal is not None:
             seal.serve(socket)
@@ -46,6 +48,9 @@ class TokenSubscriber:
         self._pump.close()
 
     def _received(self, frames: list[bytes]) -> None:
+        if len(frames[-1]) > MAX_PARCEL_BYTES:
+            self.refusals.note("oversized", bytes=len(frames[-1]))
+            return
         try:
             parcel = decode(frames[-1], Parcel)
         except MessageError as error:
@@ -68,7 +73,7 @@ class _Link:
         self.open = False
         self._on_change = on_change
         self._seal = seal
-        self.pump = Pump(connected(zmq.XPUB, HIGH_WATER, MAX_PARCEL_BYTES, address, self._prepare), self._subscription, fault)
+        self.pump = Pump(connected(zmq.XPUB, HIGH_WATER, MAX_FRAME_BYTES, address, self._prepare), self._subscription, fault)
 
     def _prepare(self, socket: zmq.Socket[bytes]) -> None:
         socket.setsockopt(zmq.XPUB_NODROP, 1)

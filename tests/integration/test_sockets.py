@@ -21,7 +21,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from common import messages as m
-from common.control import MAX_LETTER_BYTES, ControlClient, ControlServer
+from common.control import MAX_FRAME_BYTES, MAX_LETTER_BYTES, ControlClient, ControlServer
 from common.errors import SettingError, StartError
 from common.faults import MessageFault
 from common.logs import get_logger
@@ -545,7 +545,9 @@ async def test_a_client_with_the_secret_tells_nothing_to_a_false_server(closing:
 
 
 @both_loops
-async def test_a_frame_that_is_too_large_ends_its_connection_and_nothing_else(closing: Closing) -> None:
+async def test_a_frame_that_is_too_large_is_refused_and_counted_and_one_beyond_all_bounds_ends_its_connection(
+    closing: Closing, caplog: pytest.LogCaptureFixture
+) -> None:
     letters: list[m.Letter] = []
     server = closing(ControlServer("w", "127.0.0.1", letters.append))
     friend = closing(ControlClient("friend", letters.append))
@@ -554,7 +556,10 @@ async def test_a_frame_that_is_too_large_ends_its_connection_and_nothing_else(cl
     with context.socket(zmq.DEALER) as flooder, flooder.get_monitor_socket() as watch:
         flooder.setsockopt(zmq.LINGER, 0)
         flooder.connect(server.address)
-        flooder.send(bytes(MAX_LETTER_BYTES + 1))
+        flooder.send(b"secret" + bytes(MAX_LETTER_BYTES))
+        await until(lambda: server.refusals.total == 1)
+        assert "oversized" in str([record.__dict__ for record in caplog.records]) and "secret" not in caplog.text
+        flooder.send(bytes(MAX_FRAME_BYTES + 1))
         seen: set[int] = set()
         while zmq.EVENT_DISCONNECTED not in seen:
             await until(lambda: watch.poll(0))
@@ -563,7 +568,7 @@ async def test_a_frame_that_is_too_large_ends_its_connection_and_nothing_else(cl
     context.destroy(0)
     friend.send("w", m.Withdraw(1))
     await until(lambda: letters)
-    assert [letter.sender for letter in letters] == ["friend"] and server.refusals.total == 0
+    assert [letter.sender for letter in letters] == ["friend"] and server.refusals.total == 1
 
 
 def test_a_flood_of_refusals_is_counted_and_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
