@@ -68,7 +68,8 @@ class Answers:
         """Raises RequestError for everything that is known before the first byte of the answer."""
         try:
             meter = request.scope.get(METER)
-            wish = await self._bodies.make(request, lambda body: parse(body, self._model, self._limits(meter), chat=chat))
+            limits = self._limits(meter)  # here, and not on the thread that may parse
+            wish = await self._bodies.make(request, lambda body: parse(body, self._model, limits, chat=chat))
             tab = Tab(meter, wish.asks, time.monotonic())
             chorus = self._chorus(wish, tab)
         except RequestError as error:

@@ -22,7 +22,7 @@ FREE_BYTES = 64 << 10
 """Of each body, so much there is always room for."""
 LARGE_BYTES = 256 << 10
 LARGE_AT_ONCE = 2
-"""Of bodies larger than that, so many are parsed at a time: JSON can become fifty times its size."""
+"""Of bodies larger than that, so many are parsed at a time: JSON becomes up to some 24 times its size."""
 AGAIN_S = 5.0
 
 R = TypeVar("R")
