@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TypeAlias
 
 from common.messages import Committed, Granted, Incarnation, Job, Key, Refused, Rejected, Waiting, Withdrawn
@@ -61,8 +60,8 @@ class PrefillCore:
     def push_failed(self, event: PushFailed, now: float) -> list[Action]:
         return self._resolve(self.handoffs.push_failed(event, now))
 
-    def found(self, decodes: Mapping[Incarnation, Load], now: float) -> list[Action]:
-        return self._resolve(self.handoffs.found(decodes, now))
+    def beat(self, peer: Incarnation, load: Load | None, now: float) -> list[Action]:
+        return self._resolve(self.handoffs.beat(peer, load, now))
 
     def peer_dead(self, peer: Incarnation, now: float) -> list[Action]:
         return self._resolve(self.handoffs.peer_dead(peer, now))

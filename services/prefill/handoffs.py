@@ -7,7 +7,6 @@ deadline, failed push, rejected page, dead peer) ends that handoff and starts an
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -86,7 +85,7 @@ class Going:
 
 
 class Handoffs:
-    """All handoffs of one prefill. `decodes` must be kept current; a dead one is told by `peer_dead`."""
+    """All handoffs of one prefill. Decodes are known by `beat` until `peer_dead`."""
 
     def __init__(self, page_tokens: int, rng: random.Random | None = None, *, holders: Holders | None = None) -> None:
         """`holders`: what was handed to whom is remembered there, and preferred; None: routed by load alone."""
@@ -96,7 +95,10 @@ class Handoffs:
         self._going: dict[Key, Going] = {}
         self._by_number: dict[int, Going] = {}
         self._withdrawing: dict[int, Handoff] = {}
-        self._decodes: Mapping[Incarnation, Load] = {}
+        self._decodes: dict[Incarnation, Load] = {}
+        """Those that take offers, as their last beat said."""
+        self._uncounted: dict[Incarnation, set[int]] = {}
+        """Handoffs by decode that its last beat need not count yet."""
         self._last = 0
         self.spared_pages = 0
         """Pages that were not sent because the decode held them, of handoffs that it has committed."""
@@ -108,12 +110,22 @@ class Handoffs:
         """For the beat to this decode: every handoff with it that is not given up."""
         return [going.handoff.number for going in self._going.values() if going.handoff and going.handoff.peer == peer]
 
-    def decodes(self, live: Mapping[Incarnation, Load]) -> None:
-        self._decodes = live
+    @property
+    def decodes(self) -> int:
+        """How many take offers."""
+        return len(self._decodes)
 
-    def found(self, live: Mapping[Incarnation, Load], now: float) -> list[Action]:
-        """One has come that takes offers: those that found none are made now."""
-        self._decodes = live
+    def beat(self, peer: Incarnation, load: Load | None, now: float) -> list[Action]:
+        """A decode beats; None: it takes no offers. When one more does, those that found none are made now."""
+        new = peer not in self._decodes
+        if load is None:
+            self._decodes.pop(peer, None)
+            return []
+        self._decodes[peer] = load
+        # What it has granted, it counts: letters and beats keep their order. What is only offered may still be under way.
+        self._uncounted[peer] = {number for number in self._uncounted.get(peer, ()) if self._ungranted(number)}
+        if not new:
+            return []
         return [action for going in list(self._going.values()) if going.handoff is None for action in self._offer(going, now)]
 
     # ------------------------------------------------------------------------------------------- what the engine says
@@ -205,7 +217,8 @@ class Handoffs:
 
     def peer_dead(self, peer: Incarnation, now: float) -> list[Action]:
         """What was offered to it is offered elsewhere; what was withdrawn from it is over."""
-        self._decodes = {name: load for name, load in self._decodes.items() if name != peer}
+        self._decodes.pop(peer, None)
+        self._uncounted.pop(peer, None)
         return [ResetLink(peer), *self._restart(peer, now)]
 
     def tick(self, now: float) -> list[Action]:
@@ -251,6 +264,7 @@ class Handoffs:
         offer = Offer(self._last, going.key, job, going.length, going.hashes, deadline_s=job.deadline_s)
         going.handoff = Handoff(self._last, peer, offer, now, now)
         self._by_number[self._last] = going
+        self._uncounted.setdefault(peer, set()).add(self._last)
         return [Send(peer, offer)]
 
     def _choose(self, going: Going, anywhere: bool) -> Incarnation | None:
@@ -265,9 +279,13 @@ class Handoffs:
         return choose(least, loads, held, len(self._needed(going)))
 
     def _load(self, peer: Incarnation) -> Load:
-        """What its beat said, and what we have sent its way meanwhile: beats are too rare to spread a burst."""
+        """What its beat said, and what we have sent its way meanwhile, committed or not: beats are too rare to spread a burst."""
         said = self._decodes[peer]
-        return Load(said.running + len(self.pursued(peer)), said.free_pages)
+        return Load(said.running + len(self._uncounted.get(peer, ())), said.free_pages)
+
+    def _ungranted(self, number: int) -> bool:
+        going = self._by_number.get(number)
+        return going is not None and going.handoff is not None and going.handoff.granted is None
 
     def _push(self, going: Going, now: float) -> list[Action]:
         """Push what is final and not pushed yet; with the first token drawn, that is everything."""
@@ -301,7 +319,7 @@ class Handoffs:
         actions: list[Action] = []
         for going in list(self._going.values()):
             if going.handoff is not None and going.handoff.peer == peer:
-                del self._by_number[going.handoff.number]
+                self._forget(going.handoff)
                 going.handoff = None
                 actions += self._offer(going, now)
         return actions
@@ -323,17 +341,21 @@ class Handoffs:
             return []
         del self._going[going.key]
         if going.handoff is not None:
-            self._by_number.pop(going.handoff.number, None)
+            self._forget(going.handoff)
         return [GivenUp(going.key, f"{FAILURES} handoffs failed, the last because {detail}")]
 
     def _give_up(self, going: Going, now: float) -> list[Action]:
         handoff, going.handoff = going.handoff, None
         if handoff is None:
             return []
-        self._by_number.pop(handoff.number, None)
+        self._forget(handoff)
         self._withdrawing[handoff.number] = handoff
         handoff.asked_at = now
         return [Send(handoff.peer, Withdraw(handoff.number)), *self._flush(handoff)]
+
+    def _forget(self, handoff: Handoff) -> None:
+        self._by_number.pop(handoff.number, None)
+        self._uncounted.get(handoff.peer, set()).discard(handoff.number)
 
     def _flush(self, handoff: Handoff) -> list[Action]:
         granted = handoff.granted

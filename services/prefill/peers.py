@@ -19,8 +19,8 @@ log = get_logger(__name__)
 
 
 class Peers:
-    """Decodes by incarnation. `pursued(peer)` names the handoffs a beat speaks of; `on_letter` gets the answers to handoffs; `on_found`
-    is called when one more of them takes offers."""
+    """Decodes by incarnation. `pursued(peer)` names the handoffs a beat speaks of; `on_letter` gets the answers to handoffs; `on_beat`
+    gets what each of their beats says: its load, None if it takes no offers."""
 
     def __init__(
         self,
@@ -32,32 +32,22 @@ class Peers:
         checksums: bool,
         pursued: Callable[[Incarnation], list[int]],
         on_letter: Callable[[Letter], None],
-        on_found: Callable[[], None],
+        on_beat: Callable[[Incarnation, Load | None], None],
         seal: Seal | None = None,
         fault: MessageFault = NONE,
     ) -> None:
         self._client = ControlClient(incarnation, self._receive, seal, fault)
         self._on_letter = on_letter
-        self._on_found = on_found
+        self._on_beat = on_beat
         self._liveness = Liveness()
         self._words = PeerBeat(0, 0, fleet, fingerprint, layout, shards, checksums=checksums)
         self._pursued = pursued
         self._links: dict[Incarnation, int] = {}
         self._closed = 0
         """Links closed so far: the number of the next one, so that a decode that comes back sees that its link is another."""
-        self._beats: dict[Incarnation, WorkerBeat] = {}
         self._members: set[Incarnation] = set()
         """Whom Redis names at present."""
         self._sequence = 0
-
-    @property
-    def loads(self) -> dict[Incarnation, Load]:
-        """Live decodes that take offers."""
-        return {
-            peer: Load(beat.running + beat.waiting, beat.free_pages)
-            for peer, beat in self._beats.items()
-            if peer in self._liveness.alive and not beat.draining
-        }
 
     def introduced(self, members: dict[Incarnation, Introduction]) -> bool:
         """Redis names the decodes to knock at; it never says who lives. False if some cannot be knocked at now."""
@@ -77,11 +67,8 @@ class Peers:
         """Beats are handled here, everything else goes to `on_letter`."""
         match letter.body:
             case WorkerBeat() as beat:
-                known = letter.sender in self.loads
                 self._liveness.beat(letter.sender, beat.step, beat.busy, beat.longest_step_s, time.monotonic())
-                self._beats[letter.sender] = beat
-                if not known and not beat.draining:
-                    self._on_found()
+                self._on_beat(letter.sender, None if beat.draining else Load(beat.running + beat.waiting, beat.free_pages))
             case Mismatch(reason):
                 log.error("a decode refuses this prefill", decode=letter.sender, reason=reason)
             case _:
@@ -109,7 +96,6 @@ class Peers:
         for peer, reason in self._liveness.dead(time.monotonic()):
             log.warning("decode lost", decode=peer, reason=reason)
             self._liveness.forget(peer)
-            self._beats.pop(peer, None)
             if peer not in self._members:
                 self._part(peer)
             dead.append(peer)

@@ -32,7 +32,7 @@ from services.prefill.core import Action, PrefillCore
 from services.prefill.handoffs import Handoffs
 from services.prefill.moves import FinishPush, Flush, Push, ResetLink, Send
 from services.prefill.peers import Peers
-from services.prefill.routing import Holders
+from services.prefill.routing import Holders, Load
 from services.transfer.protocol import PushFailed, Sent, TransferEvent
 from services.worker.claims import Claims
 from services.worker.figures import transfer_figures
@@ -69,13 +69,11 @@ class PrefillWorker(Worker[Action]):
             settings.checksums,
             self._core.handoffs.pursued,
             self._answer,
-            self._found,
+            self._beaten,
             self.seal,
             self.fault,
         )
         self._claims = Claims(self.queue, self.incarnation, self._wanted_tokens, self._claimed)
-        self._decodes = 0
-        """Live ones that take offers."""
 
     # ----------------------------------------------------------------------------------------------------------- hooks
 
@@ -115,9 +113,6 @@ class PrefillWorker(Worker[Action]):
         for peer in self._peers.reap():
             actions += self._core.peer_dead(peer, now)
         self._peers.beat()
-        loads = self._peers.loads
-        self._core.handoffs.decodes(loads)
-        self._decodes = len(loads)
         return actions + self._core.tick(now)
 
     def perform(self, action: Action) -> None:
@@ -140,7 +135,7 @@ class PrefillWorker(Worker[Action]):
 
     def own_figures(self) -> dict[str, float]:
         spared = self._core.handoffs.spared_pages
-        return {**transfer_figures(self._transfer.counts), "spared_pages_total": spared, "decodes": self._decodes}
+        return {**transfer_figures(self._transfer.counts), "spared_pages_total": spared, "decodes": self._core.handoffs.decodes}
 
     def own_words(self) -> dict[str, str]:
         """What carries the pages, by UCX's own report; empty until the first have left."""
@@ -167,10 +162,8 @@ class PrefillWorker(Worker[Action]):
         if isinstance(body, Waiting | Granted | Refused | Committed | Rejected | Withdrawn):
             self.do(self._core.letter(letter.sender, body, time.monotonic()))
 
-    def _found(self) -> None:
-        loads = self._peers.loads
-        self._decodes = len(loads)
-        self.do(self._core.found(loads, time.monotonic()))
+    def _beaten(self, peer: Incarnation, load: Load | None) -> None:
+        self.do(self._core.beat(peer, load, time.monotonic()))
 
     def _transferred(self, event: TransferEvent) -> None:
         now = time.monotonic()

@@ -31,6 +31,7 @@ from common.seal import read_seal, seal_of
 from common.tokens import TokenPublisher, TokenSubscriber
 from scripts.launcher.child import ROOT, die_with_parent
 from services.prefill.peers import Peers
+from services.prefill.routing import Load
 
 pytestmark = pytest.mark.system
 
@@ -592,23 +593,20 @@ def test_a_secret_that_is_none_is_one_line(tmp_path: Path, content: bytes | None
 
 
 @both_loops
-async def test_a_decode_is_found_by_the_first_beat_in_which_it_takes_offers(closing: Closing) -> None:
-    """At once: a prompt that has no decode to be offered to waits for nothing else."""
+async def test_every_beat_of_a_decode_says_at_once_how_loaded_it_is_or_that_it_takes_no_offers(closing: Closing) -> None:
     heard: list[m.Letter] = []
-    found: list[int] = []
+    said: list[Load | None] = []
     decode = closing(ControlServer("d", "127.0.0.1", heard.append))
     layout = m.Layout(layers=2, kv_heads=2, page_tokens=4, head_dim=8, dtype="float32")
     peers: Peers = closing(
-        Peers(
-            "p", "fleet", "print", layout, [], True, lambda peer: [], lambda letter: None, lambda: found.append(peers.loads["d"].free_pages)
-        )
+        Peers("p", "fleet", "print", layout, [], True, lambda peer: [], lambda letter: None, lambda peer, load: said.append(load))
     )
     peers.introduced({"d": m.Introduction("decode", "d", decode.address, "print")})
     await until(lambda: heard)
     for sequence, draining in enumerate((False, False, True, False)):
         decode.send("p", m.WorkerBeat("decode", sequence, 0, False, 1.0, sequence, 9, 0, 0, draining))
-    await until(lambda: len(found) == 2)
-    assert found == [0, 3]
+    await until(lambda: len(said) == 4)
+    assert said == [Load(0, 0), Load(0, 1), None, Load(0, 3)]
 
 
 @both_loops
@@ -616,15 +614,19 @@ async def test_a_decode_that_has_left_is_not_knocked_at_any_more_and_its_next_li
     closing: Closing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was still thought alive when it left, and nobody asked again until some other member came or went."""
+    said: list[Load | None] = []
     heard: list[m.Letter] = []
     decode = closing(ControlServer("d", "127.0.0.1", heard.append))
     layout = m.Layout(layers=2, kv_heads=2, page_tokens=4, head_dim=8, dtype="float32")
-    peers: Peers = closing(Peers("p", "fleet", "print", layout, [], True, lambda peer: [], lambda letter: None, lambda: None))
+    peers: Peers = closing(
+        Peers("p", "fleet", "print", layout, [], True, lambda peer: [], lambda letter: None, lambda peer, load: said.append(load))
+    )
     members = {"d": m.Introduction("decode", "d", decode.address, "print")}
     peers.introduced(members)
     await until(lambda: heard)
+    assert not said
     decode.send("p", m.WorkerBeat("decode", 1, 0, False, 1.0, 1, 9, 0, 0))
-    await until(lambda: peers.loads)
+    await until(lambda: said)
     peers.introduced({})
     assert peers._client.peers == {"d"}, "it still beats"
     monkeypatch.setattr("services.prefill.peers.time", SimpleNamespace(monotonic=lambda: time.monotonic() + 10))

@@ -137,7 +137,6 @@ class Prefill(Claimant):
         )  # fmt: skip
         self.decodes = Liveness()
         self.links: dict[str, int] = {}
-        self.beats: dict[str, WorkerBeat] = {}
 
     def wanted(self) -> int:
         """While a launch is under way and nothing is left to plan behind it, an idle prefill elsewhere is the better place."""
@@ -160,7 +159,8 @@ class Prefill(Claimant):
         if isinstance(letter.body, WorkerBeat):
             beat = letter.body
             self.decodes.beat(letter.sender, beat.step, beat.busy, beat.longest_step_s, now)
-            self.beats[letter.sender] = beat
+            load = None if beat.draining else Load(beat.running + beat.waiting, beat.free_pages)
+            self.do(self.core.beat(letter.sender, load, now))
         else:
             self.do(self.core.letter(letter.sender, letter.body, now))  # type: ignore[arg-type]
 
@@ -168,16 +168,9 @@ class Prefill(Claimant):
         actions: list[Any] = []
         for peer, _ in self.decodes.dead(now):
             self.decodes.forget(peer)
-            self.beats.pop(peer, None)
             actions += self.core.peer_dead(peer, now)
         for peer in sorted(self.links):
             self._beat_to(peer)
-        loads = {
-            peer: Load(beat.running + beat.waiting, beat.free_pages)
-            for peer, beat in self.beats.items()
-            if peer in self.decodes.alive and not beat.draining
-        }
-        self.core.handoffs.decodes(loads)
         return actions + self.core.tick(now)
 
     def perform(self, action: Any) -> None:

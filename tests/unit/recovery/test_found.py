@@ -79,7 +79,7 @@ def puts(actions: list[object]) -> int:
 
 def prefill(short_tokens: int = 0) -> PrefillCore:
     ways = Handoffs(4, random.Random(1))
-    ways.decodes({"d": LOAD})
+    ways.beat("d", LOAD, 0.0)
     return PrefillCore(Outbox(), ways, fingerprint="f", page_tokens=4, max_request_tokens=64, short_tokens=short_tokens)
 
 
@@ -156,7 +156,7 @@ def test_a_run_given_up_before_it_began_is_not_offered() -> None:
 
 def test_refusals_do_not_chase_each_other() -> None:
     ways = Handoffs(4, random.Random(1))
-    ways.decodes({"d": LOAD})
+    ways.beat("d", LOAD, 0.0)
     ways.begin(KEY, job(), 3, [], (0,), 0.0)
     actions = ways.letter("d", Refused(1, "draining"), 0.1)
     assert not [action for action in actions if isinstance(action, moves.Send) and isinstance(action.body, Offer)]
@@ -170,7 +170,7 @@ def granted(ways: Handoffs) -> None:
 
 def test_pages_that_never_leave_condemn_their_link() -> None:
     ways = Handoffs(4, random.Random(1))
-    ways.decodes({"d": LOAD})
+    ways.beat("d", LOAD, 0.0)
     granted(ways)
     assert moves.FinishPush(1, 7) in ways.drawn(KEY, Token(0, 1), 0.2)
     actions = [*ways.push_failed(PushFailed(1, 7, "nothing has moved for 5 s"), 5.3), *ways.tick(5.5)]
@@ -182,7 +182,8 @@ def test_pages_that_never_leave_condemn_their_link() -> None:
 def test_an_offer_that_needs_an_empty_decode_keeps_its_place(more: dict[str, object], moves_on: bool) -> None:
     """Every five seconds it went to the end of the other decode's line, where it was passed again."""
     ways = Handoffs(4, random.Random(1))
-    ways.decodes({"d": LOAD, "e": LOAD})
+    for peer in ("d", "e"):
+        ways.beat(peer, LOAD, 0.0)
     ways.begin(KEY, replace(job(), **more), 3, [], (0,), 0.0)
     actions = [action for second in range(1, 12) for action in ways.tick(float(second))]
     assert any(isinstance(action, moves.Send) and isinstance(action.body, Withdraw) for action in actions) is moves_on
@@ -192,7 +193,7 @@ def test_an_offer_that_needs_an_empty_decode_keeps_its_place(more: dict[str, obj
 def test_a_grant_of_other_pages_than_were_asked_for_is_no_grant(pages: list[int]) -> None:
     """It ended the process, by an index beyond the list."""
     ways = Handoffs(4, random.Random(1))
-    ways.decodes({"d": LOAD})
+    ways.beat("d", LOAD, 0.0)
     ways.begin(KEY, job(), 3, [], (0,), 0.0)
     actions = [*ways.letter("d", Granted(1, 7, pages, [RANK]), 0.1), *ways.drawn(KEY, Token(0, 1), 0.2)]
     assert [action.body for action in actions if isinstance(action, moves.Send)] == [Withdraw(1)]
@@ -201,7 +202,7 @@ def test_a_grant_of_other_pages_than_were_asked_for_is_no_grant(pages: list[int]
 
 def test_a_push_without_an_end_is_ended_when_it_is_withdrawn() -> None:
     ways = Handoffs(4, random.Random(1))
-    ways.decodes({"d": LOAD})
+    ways.beat("d", LOAD, 0.0)
     ways.begin(KEY, job(), 4, [], (0,), 0.0)
     ways.letter("d", Granted(1, 7, [0], [RANK]), 0.1)
     ways.computed(KEY, 4, 0.2)

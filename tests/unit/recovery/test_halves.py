@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 from msgspec.structs import replace
@@ -34,7 +35,7 @@ from services.engine.plan import Began, Drawn
 from services.engine.plan import Granted as EngineGranted
 from services.prefill import handoffs, moves
 from services.prefill.handoffs import Handoffs
-from services.prefill.routing import Holders
+from services.prefill.routing import Holders, Load
 from services.transfer.protocol import Arrived, Posted, PushFailed, Sent
 from services.worker.outbox import Outbox
 from services.worker.runs import Acknowledge, Runs, Stop, Submit
@@ -56,7 +57,8 @@ def said(actions: list[object]) -> list[object]:
 
 def offering(*decodes: str) -> Handoffs:
     ways = Handoffs(4, random.Random(1))
-    ways.decodes(dict.fromkeys(decodes or ("d",), LOAD))
+    for peer in decodes or ("d",):
+        ways.beat(peer, LOAD, 0.0)
     ways.begin(KEY, job(), 3, [], (0,), 0.0)
     return ways
 
@@ -158,14 +160,14 @@ def test_hashes_of_an_offer_reach_the_engine() -> None:
 def test_an_offer_that_found_no_decode_is_made_as_soon_as_one_comes() -> None:
     ways = Handoffs(4, random.Random(1))
     assert ways.begin(KEY, job(), 3, [], (0,), 0.0) == []
-    (offered,) = said(ways.found({"d": LOAD}, 0.1))
+    (offered,) = said(ways.beat("d", LOAD, 0.1))
     assert isinstance(offered, Offer) and offered.handoff == 1
-    assert ways.found({"d": LOAD, "d2": LOAD}, 0.2) == []
+    assert ways.beat("d2", LOAD, 0.2) == []
 
 
 def test_pages_that_the_decode_holds_are_neither_pushed_nor_flushed() -> None:
     ways = Handoffs(4, random.Random(1))
-    ways.decodes({"d": LOAD})
+    ways.beat("d", LOAD, 0.0)
     ways.begin(KEY, job(), 15, [b"1", b"2", b"3"], (3, 4, 5, 6), 0.0)
     ways.letter("d", Granted(1, 7, [-1, -1, 8, 9], [RANK]), 0.1)
     assert ways.computed(KEY, 8, 0.2) == []
@@ -176,7 +178,7 @@ def test_pages_that_the_decode_holds_are_neither_pushed_nor_flushed() -> None:
 
 def test_a_handoff_of_which_nothing_is_missing_is_finished_by_the_first_token() -> None:
     ways = Handoffs(4, random.Random(1))
-    ways.decodes({"d": LOAD})
+    ways.beat("d", LOAD, 0.0)
     ways.begin(KEY, job(), 8, [b"1", b"2"], (3, 4), 0.0)
     ways.letter("d", Granted(1, 7, [-1, -1], [RANK]), 0.1)
     assert ways.drawn(KEY, Token(0, 5), 0.2) == [moves.FinishPush(1, 7)]
@@ -190,12 +192,48 @@ def test_the_next_turn_is_offered_to_the_decode_that_holds_the_first() -> None:
     other = Key("r2", 0, 1, "e")
     for seed in range(8):
         ways = Handoffs(4, random.Random(seed), holders=Holders())
-        ways.decodes(dict.fromkeys(("d1", "d2", "d3"), LOAD))
+        for peer in ("d1", "d2", "d3"):
+            ways.beat(peer, LOAD, 0.0)
         (first,) = ways.begin(KEY, job(), 8, [b"1", b"2"], (3, 4), 0.0)
         assert isinstance(first, moves.Send)
         ways.letter(first.to, Committed(1), 0.1)
         (second,) = ways.begin(other, job(), 13, [b"1", b"2", b"3"], (5, 6, 7, 8), 0.2)
         assert isinstance(second, moves.Send) and second.to == first.to
+
+
+@pytest.mark.parametrize("beginning", [[], [b"1"]], ids=["new", "held"])
+def test_a_burst_is_spread_though_each_is_committed_before_the_next_beat(beginning: list[bytes]) -> None:
+    """Six short prompts in half a second, all of which one decode held, went to that one; the other stood by."""
+    ways = Handoffs(4, random.Random(1), holders=Holders())
+    took = Counter[str]()
+    for peer in ("d1", "d2"):
+        ways.beat(peer, LOAD, 0.0)
+    for number in range(6):
+        key = Key(f"r{number}", 0, 1, "e")
+        (word,) = ways.begin(key, job(), 4, beginning, (3,), 0.1)
+        assert isinstance(word, moves.Send) and isinstance(word.body, Offer)
+        ways.letter(word.to, Granted(word.body.handoff, 7, [1], [RANK]), 0.1)
+        ways.letter(word.to, Committed(word.body.handoff), 0.1)
+        took[word.to] += 1
+    assert min(took.values()) >= 2, took
+    for peer in ("d1", "d2"):
+        ways.beat(peer, Load(took[peer], 10), 0.5)
+        assert ways._load(peer).running == took[peer], "counted by the beat, and no more by us"
+
+
+def test_what_is_offered_is_counted_until_it_is_granted_and_a_beat_has_come() -> None:
+    ways = offering("d")
+    assert ways._load("d").running == 1
+    ways.beat("d", LOAD, 0.1)
+    assert ways._load("d").running == 1, "the beat may have crossed the offer"
+    ways.letter("d", Granted(1, 7, [0], [RANK]), 0.2)
+    assert ways._load("d").running == 1
+    ways.beat("d", LOAD, 0.6)
+    assert ways._load("d").running == 0
+    ways.drop(KEY, 0.7)
+    ways.begin(KEY, job(), 3, [], (0,), 0.8)
+    ways.drop(KEY, 0.9)
+    assert ways._load("d").running == 0, "given up again"
 
 
 def test_every_request_is_repeated_until_it_is_answered() -> None:
@@ -227,7 +265,8 @@ def test_a_grant_of_which_only_the_answer_to_withdraw_tells_is_flushed() -> None
 
 def test_a_dead_decode_is_closed_and_its_handoffs_go_elsewhere() -> None:
     ways = offering("d")
-    ways.decodes({"d": LOAD, "d2": LOAD})
+    for peer in ("d", "d2"):
+        ways.beat(peer, LOAD, 0.0)
     actions = ways.peer_dead("d", 3.0)
     assert actions[0] == moves.ResetLink("d")
     assert [action.to for action in actions[1:] if isinstance(action, moves.Send)] == ["d2"]
@@ -235,7 +274,8 @@ def test_a_dead_decode_is_closed_and_its_handoffs_go_elsewhere() -> None:
 
 def test_a_refusal_goes_elsewhere_at_once() -> None:
     ways = offering("d")
-    ways.decodes({"d": LOAD, "d2": LOAD})
+    for peer in ("d", "d2"):
+        ways.beat(peer, LOAD, 0.0)
     actions = ways.letter("d", Refused(1, "draining"), 0.1)
     assert [action.to for action in actions if isinstance(action, moves.Send) and isinstance(action.body, Offer)] == ["d2"]
 

@@ -132,7 +132,7 @@ def test_without_reuse_everything_is_sent() -> None:
 def test_trouble_meets_shared_pages() -> None:
     """The long run is about them as well."""
     spared = 0
-    for seed in (1, 2, 4, 5):
+    for seed in (1, 2, 8, 11):
         world = troubled(seed)
         world.settle()
         spared += sum(prefill.core.handoffs.spared_pages for prefill in world.processes.values() if isinstance(prefill, Prefill))

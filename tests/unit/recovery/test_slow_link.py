@@ -22,7 +22,7 @@ from tests.unit.recovery.test_found import KEY, LOAD, RANK, decode, job, offer
 def pushing(prompts: int) -> Handoffs:
     """So many prompts at once, all computed and given to the transfer at 0.2."""
     ways = Handoffs(4, random.Random(1))
-    ways.decodes({"d": LOAD})
+    ways.beat("d", LOAD, 0.0)
     for number in range(1, prompts + 1):
         key = replace(KEY, request_id=f"r{number}")
         ways.begin(key, job(), 3, [], (number,), 0.0)
