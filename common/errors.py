@@ -5,6 +5,7 @@ BatonError
 ├── StartError              a worker cannot start or join: one line saying why, exit status 1
 ├── MessageError            bytes that are not the message they should be
 ├── QueueError              Redis is away or refuses
+├── EngineError             the engine hangs, or fails whatever it is given: the worker ends, exit status 1
 ├── TransferError           pages did not arrive: peer gone, deadline, checksum
 └── RequestError            the client's request cannot be served; carries the HTTP status
     ├── BadRequest          400: says what to change
@@ -35,6 +36,10 @@ class MessageError(BatonError):
 
 class QueueError(BatonError):
     """The job queue cannot be reached or refuses the operation."""
+
+
+class EngineError(BatonError):
+    """The engine can compute no more."""
 
 
 class TransferError(BatonError):

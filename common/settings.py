@@ -40,7 +40,7 @@ class CommonSettings:
     redis_password_file: str | None = setting(None, "file with the password for redis_url, so that it stands in no environment")
     redis_ca_file: str | None = setting(None, "certificates that a rediss:// server must be signed by; default: the system's")
     fleet_secret_file: str | None = setting(
-        None, "file with the fleet's secret: tokens and control are then encrypted, and who does not have it is refused"
+        None, "file with the fleet's secret: tokens and control are then encrypted, and peers without it are refused"
     )
     host: str = setting(
         "127.0.0.1", "address on which internal sockets are bound and announced to the fleet; auto: the one by which Redis is reached"
@@ -74,7 +74,7 @@ class WorkerSettings(CommonSettings):
     pages: int | None = setting(None, "pages of KV in the pool; default: from free memory", low=1)
     memory_fraction: float = setting(
         0.25,
-        "share of the memory that is free once the weights are in place, for the pool; after a reserve of 256 MiB and other workers' pools",
+        "share of the free memory that becomes the KV pool: of what is left by the weights, 256 MiB and (on a CPU) other workers' pools",
         low=0.01,
         high=0.95,
     )
@@ -99,8 +99,8 @@ class WorkerSettings(CommonSettings):
     die: str = setting(
         "",
         "injected death, for tests: STAGE:N kills the worker at that stage's N-th request (prefill_queue, decode_queue), computed chunk "
-        "(prefill), handoff (transfer) or drawn token (decode), poison:ID by a launch of a prompt that begins with this token; a colocated "
-        "worker dies of poison only",
+        "(prefill), handoff (transfer) or drawn token (decode), poison:ID by a launch of a prompt that begins with this token; with "
+        "hang:ID such a launch never ends. A colocated worker knows the last two only",
     )
 
 
@@ -114,7 +114,7 @@ class GatewaySettings(CommonSettings):
     max_bodies_bytes: int = setting(
         256 << 20, "all request bodies that are being read, beyond 64 KiB of each; a further one is answered 503", low=1024
     )
-    max_running: int = setting(1024, "requests accepted at once; more are answered 429", low=1)
+    max_running: int = setting(1024, "answers under way at once (n of a request); more are answered 429", low=1)
     max_queued: int = setting(256, "requests that wait for a prefill; more are answered 429", low=1)
     max_ttft_s: float = setting(
         30.0, "a request that waits and whose first token is predicted to take longer is answered 429", low=0.01, high=86400
@@ -122,6 +122,8 @@ class GatewaySettings(CommonSettings):
     max_tpot_s: float | None = setting(
         None, "a request with which the decodes' steps are predicted to take longer is answered 429; default: no limit", low=0.001, high=60
     )
+    slo_ttft_s: float = setting(0.5, "time to the first token that baton_good_requests counts as good", low=0.001, high=3600)
+    slo_tpot_s: float = setting(0.05, "time per output token that baton_good_requests counts as good", low=0.0001, high=60)
     deadline_s: float = setting(600.0, "a request that is not complete by then is given up", low=1, high=86400)
     write_timeout_s: float = setting(60.0, "a client that takes nothing for this long is disconnected", low=1, high=3600)
     max_connections: int = setting(4096, "HTTP connections at once; a further one is answered 503", low=1, high=1_000_000)

@@ -11,6 +11,7 @@ from common.queue import connect
 from common.seal import read_seal
 from common.service import Service, end, leave, run
 from common.settings import GatewaySettings
+from common.slo import Objectives
 from gateway.access import access_of, origins_of
 from gateway.app import Bounds, create_app
 from gateway.desk import LiveDesk
@@ -31,7 +32,7 @@ async def main(settings: GatewaySettings, service: Service) -> None:
     names = local_names(settings.http_host) if access is None and not anyone else None
     model = await asyncio.to_thread(Model, settings.model, settings.model_name)
     redis = connect(settings.redis_url, settings.redis_ca_file)
-    metrics = Metrics()
+    metrics = Metrics(Objectives(settings.slo_ttft_s, settings.slo_tpot_s))
     desk = LiveDesk(
         service.incarnation,
         redis,

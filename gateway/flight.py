@@ -99,6 +99,8 @@ class Flight:
     put_again_at: float | None = None
     first_index: int = 0
     """Index of the first token this attempt has to bring."""
+    announced: bool = False
+    """Its job carries a suspicion, perhaps taken back meanwhile: whoever launches it says so first, and waits for `Confirm`."""
     execution: str | None = None
     prefill: Incarnation | None = None
     """The worker that claimed the job (a prefill, or a colocated one)."""

@@ -151,7 +151,7 @@ class Ledger:
                 flight.launched[sender] = True  # it is said as the launch begins; the next beat may come too late
                 flight.transferred(event.transfer_s)
                 flight.reused(event.reused_tokens)
-                return [Confirm(sender)] if flight.suspects else []
+                return [Confirm(sender)] if flight.announced else []
             case Tokens():
                 flight.launched[sender] = self._roles.get(sender) != "prefill"
                 flight.spent(self._roles.get(sender), event, now)
@@ -192,7 +192,7 @@ class Ledger:
 
     def launched(self, worker: Incarnation) -> list[Key]:
         """For the next beat to this worker: suspects of which it has said that it launches them (rule 11)."""
-        return [flight.key for flight in self._flights.values() if flight.suspects and flight.launched.get(worker)]
+        return [flight.key for flight in self._flights.values() if flight.announced and flight.launched.get(worker)]
 
     def tick(self, now: float) -> list[Action]:
         """Everything that time alone brings about: deadlines, puts to repeat, holders that have stopped speaking of a request.
@@ -405,7 +405,7 @@ class Ledger:
     def _put(self, flight: Flight, now: float, silent_since: float | None = None) -> Put:
         riders = self._riders(flight)
         for one in (flight, *riders):
-            one.put_at = now
+            one.put_at, one.announced = now, flight.suspicion > 0
         flight.put_again_at = None
         return Put(flight.job(self._gateway, self._tokens_address, riders, now), flight.job_class, silent_since)
 

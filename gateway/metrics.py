@@ -6,7 +6,7 @@ import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from common.slo import CHATBOT, Served, attains, tpot_s
+from common.slo import CHATBOT, Objectives, Served, attains, tpot_s
 from gateway.ask import Timeline
 from gateway.demand import Asked, Demand
 from gateway.recent import Recent
@@ -19,9 +19,10 @@ STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "oth
 
 
 class Metrics:
-    """One gateway's figures, in a registry of their own."""
+    """One gateway's figures, in a registry of their own. `objectives`: what a good request meets."""
 
-    def __init__(self) -> None:
+    def __init__(self, objectives: Objectives = CHATBOT) -> None:
+        self._objectives = objectives
         self.recent = Recent()
         self.demand = Demand()
         self.registry = CollectorRegistry()
@@ -29,9 +30,13 @@ class Metrics:
         self.requests = Counter("baton_requests", "Answers by outcome, and refused requests", ["outcome"], registry=r)
         self.prompt_tokens = Counter("baton_prompt_tokens", "Tokens of accepted prompts", registry=r)
         self.output_tokens = Counter("baton_output_tokens", "Tokens shown to clients", registry=r)
-        self.running = Gauge("baton_running", "Requests accepted and not ended", registry=r)
-        self.queued = Gauge("baton_queued", "Requests that no worker has claimed yet", registry=r)
-        self.good = Counter("baton_good_requests", "Answers that met both chatbot objectives (TTFT 500 ms, TPOT 50 ms)", registry=r)
+        self.running = Gauge("baton_running", "Answers accepted and not ended, of this gateway", registry=r)
+        self.queued = Gauge("baton_queued", "Answers accepted and not begun by a worker, of this gateway", registry=r)
+        self.good = Counter(
+            "baton_good_requests",
+            f"Answers with TTFT up to {objectives.ttft_s:g} s and TPOT up to {objectives.tpot_s:g} s (slo_ttft_s, slo_tpot_s)",
+            registry=r,
+        )
         self.workers = Gauge("baton_workers", "Live workers by role", ["role"], registry=r)
         self.free_pages = Gauge("baton_free_pages", "Free pages by role", ["role"], registry=r)
         self.recoveries = Gauge("baton_recoveries", "Attempts started anew since the start", registry=r)
@@ -64,7 +69,7 @@ class Metrics:
             paced = tpot_s(timeline.ttft_s, timeline.total_s, output_tokens)
             served = Served(timeline.ttft_s, paced, output_tokens, ok=whole)
             self.recent.note(served, time.monotonic())
-            self.good.inc(attains(served, CHATBOT))
+            self.good.inc(attains(served, self._objectives))
         if not whole:
             return
         if prompt_tokens:

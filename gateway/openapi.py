@@ -81,7 +81,7 @@ OPERATIONS = {operation.path: operation for operation in _ALL}
 ERRORS = {
     400: "The request must be changed as the message says",
     401: "An API key is needed, or this one is not known",
-    403: "Without keys this host only is served, and no web page of another origin",
+    403: "Without API keys, only requests from this host are accepted, and none from web pages of other origins",
     404: "There is no such model or path",
     408: "The body was not complete in time",
     413: "The body is too large",

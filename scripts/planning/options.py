@@ -13,6 +13,7 @@ from scripts.load.judge import fixed
 from scripts.load.workloads import NAMED
 from services.planner import paper
 
+BUILT_IN = "distserve-a100-opt-13b"
 ABOUT = """Which workers to start, and how many: prefill and decode apart, or colocated, for the most requests per second and device that
 meet both objectives. It simulates the workers' own scheduler with the times of a profile, and starts nothing."""
 
@@ -22,9 +23,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="./scripts/plan", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--profile",
-        default="distserve-a100-opt-13b",
         metavar="FILE|NAME",
-        help=f"measured launches (services/planner/profile.py has the format), or DistServe's: {', '.join(paper.NAMED)} [%(default)s]",
+        help=f"launches that ./scripts/engine_bench --profile FILE measured, or DistServe's: {', '.join(paper.NAMED)} [{BUILT_IN}]",
     )
     parser.add_argument("--gpus", type=int, default=8, help="devices in all [8]")
     parser.add_argument("--nodes", type=int, default=1, help="hosts that they are spread over evenly [1]")
@@ -74,6 +74,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     chosen.slo = Objectives(yardstick.ttft[0][1], yardstick.tpot_s)
+    if chosen.profile is None and (chosen.live or chosen.against):
+        parser.error("--live and --against need --profile: what ./scripts/engine_bench --profile FILE measured of this model and machine")
+    chosen.profile = chosen.profile or BUILT_IN
     if chosen.gpus < 1 or chosen.nodes < 1 or chosen.gpus % chosen.nodes:
         parser.error("--gpus must be a multiple of --nodes, both above 0")
     if not 0 < chosen.share < 1 or chosen.cv < 0 or chosen.context < 3:

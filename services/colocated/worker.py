@@ -16,7 +16,7 @@ from services.engine.binding import colocated_wants
 from services.engine.plan import Began, Computed, Drawn, Failed, Granted, Outcome, Preempted
 from services.worker.claims import Claims
 from services.worker.room import Room
-from services.worker.runs import Action, Runs
+from services.worker.runs import Acknowledge, Action, Runs
 from services.worker.worker import Worker
 
 
@@ -74,5 +74,7 @@ class ColocatedWorker(Worker[Action]):
     def _claimed(self, batch: list[Claimed]) -> None:
         now = time.monotonic()
         for claimed in batch:
-            self.gateways.meet(claimed.job.gateway, claimed.job.tokens_address)
-            self.do(self._runs.claimed(claimed.entry, claimed.aged, now))
+            if self.gateways.works_for(claimed.job):
+                self.do(self._runs.claimed(claimed.entry, claimed.aged, now))
+            else:
+                self.do([Acknowledge(claimed.entry)])

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
+from common.errors import EngineError
 from common.logs import get_logger
 from common.messages import Key
 from services.engine.pace import Clocked, Pace
@@ -16,6 +17,9 @@ from services.engine.scheduler import Scheduler
 
 log = get_logger(__name__)
 
+FAILURES = 2
+"""So many launches fail in a row: then it is the device and not what it was given. A worker that can compute nothing is always idle, claims
+whatever comes, and each request that it fails three times is ended for it."""
 CONFIRM_S = 2.0
 """A suspect's first launch waits at most so long for its gateway to say that it knows of it: only then a death in it is known for one."""
 
@@ -60,6 +64,10 @@ class Engine:
         """The latest, from any thread: while a launch is under way it says so."""
         self.error: BaseException | None = None
         self._clocked = Clocked()
+        self._failures = 0
+        """Launches that have failed since the last one that did not; one that was launched ahead of the news of a failure belongs to it."""
+        self._failed_to = 0
+        """The last launch when the last failure was known."""
         self._began_at = 0.0
 
     @property
@@ -153,6 +161,7 @@ class Engine:
         except Exception as error:
             self._failed(plan, error)
         else:
+            self._failures = 0
             now = time.monotonic()
             self._clocked.note(plan, now - self._began_at)
             self._began_at = now
@@ -163,6 +172,11 @@ class Engine:
         """A launch that raises takes its own sequences with it, and nobody else's."""
         log.exception("a launch has failed", error, launch=plan.number, sequences=len(plan.chunks))
         self._scheduler.abort(plan, f"{type(error).__name__}: {error}")
+        self._failures += plan.number > self._failed_to
+        self._failed_to = max([plan.number, *(ahead.number for ahead, _ in self._under_way)])
+        if self._failures >= FAILURES:
+            self._report()
+            raise EngineError(f"{self._failures} launches in a row have failed, the last: {type(error).__name__}: {error}") from error
 
     def _report(self) -> None:
         outcomes = self._scheduler.take_outcomes()

@@ -34,8 +34,9 @@ from services.transfer.protocol import PushFailed, Sent
 REPEAT_S = 0.5
 """A control request is repeated this often until it is answered."""
 OFFER_S = 5.0
-"""An offer that stands in line longer is withdrawn and made elsewhere (if there is an elsewhere). One that must find an empty decode, or
-all its pages at once, keeps its place: it would be last in each line in turn, for as long as others come."""
+"""An offer that stands in line longer is withdrawn and made where there is room for it now; one that nobody has answered, anywhere else.
+Otherwise it keeps its place, and so does one that must find an empty decode, or all its pages at once: it would be last in each line in
+turn, for as long as smaller ones come."""
 ANSWER_S = 5.0
 """A live decode that has not judged pushed pages by then is given up."""
 FAILURES = 5
@@ -53,6 +54,8 @@ class Handoff:
     offer: Offer
     offered_at: float
     asked_at: float
+    in_line: bool = False
+    """The decode has said that it waits there."""
     granted: Granted | None = None
     pushed: int = 0
     """Pages given to `Push`, from the first on."""
@@ -195,6 +198,7 @@ class Handoffs:
         handoff = going.handoff
         match body:
             case Waiting():
+                handoff.in_line = True
                 return []
             case Granted():
                 if handoff.granted is not None:
@@ -238,9 +242,9 @@ class Handoffs:
         handoff = going.handoff
         if handoff is None:
             return self._offer(going, now, anywhere=True)
-        stays = going.job.alone or going.job.reserve_all
-        if handoff.granted is None and not stays and now - handoff.offered_at > OFFER_S and len(self._decodes) > 1:
-            return self._elsewhere(going, now)
+        if handoff.granted is None and now - handoff.offered_at > OFFER_S and (better := self._better(going, handoff)):
+            going.avoid = set(self._decodes) - better
+            return self._elsewhere(going, now, avoid=False)
         if handoff.word is not None and now - handoff.word_at > ANSWER_S:
             return self._again(going, now, "its pages were not judged")
         if now - handoff.asked_at < REPEAT_S:
@@ -249,6 +253,13 @@ class Handoffs:
         if handoff.word is not None:
             return [Send(handoff.peer, handoff.word)]
         return [Send(handoff.peer, handoff.offer)] if handoff.granted is None else []
+
+    def _better(self, going: Going, handoff: Handoff) -> set[Incarnation]:
+        """Decodes to which an overdue offer moves, if any."""
+        if going.job.alone or going.job.reserve_all:
+            return set()
+        pages = len(self._needed(going)) if handoff.in_line else 0
+        return {name for name, load in self._decodes.items() if name != handoff.peer and load.free_pages >= pages}
 
     def _needed(self, going: Going) -> range:
         return range(-(-going.length // self._page_tokens))

@@ -38,7 +38,7 @@ from services.worker.claims import Claims
 from services.worker.figures import transfer_figures
 from services.worker.orders import Heard
 from services.worker.room import Room
-from services.worker.runs import Runs
+from services.worker.runs import Acknowledge, Runs
 from services.worker.transfers import Transfers
 from services.worker.worker import Worker
 
@@ -153,7 +153,9 @@ class PrefillWorker(Worker[Action]):
     def _claimed(self, batch: list[Claimed]) -> None:
         now = time.monotonic()
         for claimed in batch:
-            self.gateways.meet(claimed.job.gateway, claimed.job.tokens_address)
+            if not self.gateways.works_for(claimed.job):
+                self.do([Acknowledge(claimed.entry)])
+                continue
             self.do(self._core.claimed(claimed.entry, claimed.aged, now))
             self.death.strike("prefill_queue")
 

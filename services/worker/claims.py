@@ -70,6 +70,9 @@ class Claims:
         while wanted > 0:
             try:
                 claimed = await self._queue.claim(self._consumer)
+            except asyncio.CancelledError:
+                self._take(batch)  # a drain, which gives them back at once; without a word of us they would look like victims
+                raise
             except QueueError:
                 if not batch:
                     raise

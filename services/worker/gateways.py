@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
@@ -12,12 +13,14 @@ from common.beats import Liveness
 from common.control import ControlServer
 from common.faults import NONE, MessageFault
 from common.logs import get_logger
-from common.messages import PROTOCOL, Cancel, GatewayBeat, Incarnation, Key, Letter, Mismatch, Resend, WorkerBeat
+from common.messages import PROTOCOL, Cancel, GatewayBeat, Incarnation, Job, Key, Letter, Mismatch, Resend, WorkerBeat
 from common.seal import Seal
 from common.tokens import TokenPublisher
 from services.worker.outbox import Outbox
 
 log = get_logger(__name__)
+
+MOST_LOST = 1024
 
 
 class Gateways:
@@ -43,6 +46,8 @@ class Gateways:
         self._server = server
         self._publisher = TokenPublisher(incarnation, seal=seal, fault=fault)
         self._liveness = Liveness()
+        self._lost: OrderedDict[Incarnation, None] = OrderedDict()
+        """Who has fallen silent and not been heard since; of those the last `MOST_LOST`."""
         self._waiting: dict[Incarnation, list[int]] = {}
         """Prompt tokens that wait at each gateway, by class."""
         self._on_cancel = on_cancel
@@ -52,6 +57,14 @@ class Gateways:
     @property
     def alive(self) -> set[Incarnation]:
         return set(self._liveness.alive)
+
+    def works_for(self, job: Job) -> bool:
+        """Meet the gateway of a claimed job; False if it has fallen silent and left the job behind. Its backlog would be computed before
+        what others wait for; one that was only stopped puts again what is gone (rule 4)."""
+        if job.gateway in self._lost:
+            return False
+        self.meet(job.gateway, job.tokens_address)
+        return True
 
     def meet(self, gateway: Incarnation, tokens_address: str) -> None:
         """A gateway has been heard of, by its beat or its job: publish to it, and expect its beats from now on."""
@@ -98,6 +111,9 @@ class Gateways:
             self._liveness.forget(gateway)
             self._publisher.close(gateway)
             self._waiting.pop(gateway, None)
+            self._lost[gateway] = None
+            if len(self._lost) > MOST_LOST:
+                self._lost.popitem(last=False)
             for key in self.outbox.of(gateway):
                 self.outbox.forget(key)
                 self._on_cancel(key)
@@ -113,6 +129,7 @@ class Gateways:
             self._server.refusals.note("mismatch", sender=gateway)
             self._server.send(gateway, Mismatch(f"fleet, fingerprint, protocol are {mine} here and {theirs} there"))
             return
+        self._lost.pop(gateway, None)
         self.meet(gateway, beat.tokens_address)
         self._liveness.heard(gateway, time.monotonic())
         self._waiting[gateway] = beat.waiting_tokens

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
@@ -19,6 +20,7 @@ from common import logs
 from common.errors import BatonError, MessageError, StartError, TransferError
 from common.logs import get_logger
 from common.messages import Layout
+from common.names import BEAT_S
 from common.service import leave
 from services.engine.forward import place_rank
 from services.engine.grid import Grid
@@ -32,6 +34,7 @@ from services.transfer.protocol import TransferEvent
 from services.transfer.ucx import UcxTransfer
 from services.worker import memory, orders
 from services.worker.orders import Assignment, Command, Failed, Heard, Loaded, Order, Ready, Report, Take, Told
+from services.worker.watch import Watch
 from services.worker.wire import M, Wire
 
 log = get_logger(__name__)
@@ -68,6 +71,7 @@ def _serve(launches: Wire, words: Words) -> int:
         pool = Pool(loaded.layout, take.pages, loaded.device)
         note = memory.leave(memory.notes(), take.pages * loaded.layout.page_bytes if loaded.device.type == "cpu" else 0)
         words.transfer = UcxTransfer(pool.bytes, loaded.shard, words.say, checksums=assignment.checksums, fault=parse(assignment.fault))
+        threading.Thread(target=words.watch, args=(Watch(words.transfer),), name="watch", daemon=True).start()
         mesh.join(Path(take.store), loaded.device)
     except (BatonError, RuntimeError) as error:
         launches.send(Report(Failed(str(error))))
@@ -112,6 +116,7 @@ class Words:
         self.transfer: UcxTransfer | None = None
         self.store: Path | None = None
         """Where the ranks meet, once rank 0 has said it."""
+        self._ending = False
 
     def live(self) -> None:
         status = 0
@@ -119,6 +124,7 @@ class Words:
             while True:
                 self._obey(self._wire.receive(Told).command)
         except (EOFError, OSError):
+            self._ending = True
             if self.transfer is not None:
                 with contextlib.suppress(TransferError):  # its thread ends with the process
                     self.transfer.close()
@@ -128,6 +134,19 @@ class Words:
         self.forget()
         sys.stderr.flush()
         leave(status)
+
+    def watch(self, watch: Watch) -> None:
+        """On a thread of its own. A rank whose transfer can do nothing ends, and the worker with it."""
+        while not self._ending:
+            time.sleep(BEAT_S)
+            try:
+                watch.look(time.monotonic())
+            except TransferError as error:
+                if self._ending:
+                    return
+                log.error("this rank's transfer cannot go on", reason=str(error))
+                self.forget()
+                leave(1)
 
     def forget(self) -> None:
         """Remove the store's folder: rank 0, which made it, may have been killed. From either thread, and again: the ranks end together,

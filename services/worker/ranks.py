@@ -182,7 +182,8 @@ class Ranks:
     # --------------------------------------------------------------------------------------------------------- the end
 
     def lost(self, error: BaseException) -> NoReturn:
-        """From any thread: one rank is lost, and so are all. No drain: gateways and peers hear no more beats, as if all had been killed."""
+        """From any thread: one rank cannot go on, and so cannot any. No drain: gateways and peers hear no more beats, as if all had been
+        killed."""
         log.error("a rank is lost, the worker ends", reason=f"{type(error).__name__}: {error}")
         self._kill()
         self._forget()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from common.errors import TransferError
 from common.messages import GrantedRank, Incarnation, Shard
 from common.settings import WorkerSettings
 from services.transfer.faults import parse
@@ -15,10 +14,7 @@ from services.transfer.protocol import TransferCounts, TransferEvent
 from services.transfer.ucx import UcxTransfer
 from services.worker.orders import Abandon, ClosePeer, Expect, FinishPush, Flush, Heard, Push
 from services.worker.room import Room
-
-STUCK_S = 30.0
-STUCK_LOOKS = 4
-"""In a row: the whole process may have been stopped, and its other thread comes round first."""
+from services.worker.watch import Watch
 
 
 class Transfers:
@@ -30,10 +26,10 @@ class Transfers:
         self._on_event = on_event
         self._gather = Gather(len(room.shards))
         self._loop = asyncio.get_running_loop()
-        self._stuck_looks = 0
         self._own = UcxTransfer(
             room.pool.bytes, room.shards[0], self._transferred, checksums=settings.checksums, fault=parse(settings.fault)
         )
+        self._watch = Watch(self._own)
 
     @property
     def counts(self) -> TransferCounts:
@@ -52,12 +48,8 @@ class Transfers:
         return self._own.transport
 
     def watch(self, now: float) -> None:
-        """Once a beat. Raises TransferError if rank 0's thread has died, or has not come round for `STUCK_S`, inside a call to a driver
-        that does not return: what it has been given would wait for ever."""
-        self._own.check()
-        self._stuck_looks = self._stuck_looks + 1 if now - self._own.looked_at > STUCK_S else 0
-        if self._stuck_looks >= STUCK_LOOKS:
-            raise TransferError(f"the transfer's thread has not come round for {now - self._own.looked_at:.0f} s")
+        """Once a beat. Raises TransferError if rank 0's thread has died or hangs; the other ranks watch their own."""
+        self._watch.look(now)
 
     def heard(self, rank: int, word: Heard) -> None:
         """Another rank's transfer has said this."""

@@ -15,8 +15,9 @@ from typing import ClassVar, Generic, TypeVar
 
 from redis.asyncio import Redis
 
+from common.beats import Liveness
 from common.control import ControlServer
-from common.errors import QueueError, StartError, TransferError
+from common.errors import EngineError, QueueError, StartError, TransferError
 from common.faults import parse
 from common.fleet import Fleet
 from common.logs import get_logger
@@ -76,6 +77,8 @@ class Worker(ABC, Generic[A]):
         self._acknowledged: asyncio.Queue[Entry] = asyncio.Queue()
         self._sequence = 0
         self._draining = False
+        self._pulse = Liveness()
+        """Our own, as the others see it."""
         self._settled = asyncio.Event()
         """Set while nothing is left to be acknowledged, by a gateway or to Redis."""
 
@@ -139,7 +142,7 @@ class Worker(ABC, Generic[A]):
     async def run(self) -> None:
         """Serve until the service stops, drain, and leave nothing behind."""
         self.engine.start()
-        figures = Figures(self.settings.host, self.settings.metrics_port, self._figures, self.own_words)
+        figures = Figures(self.settings.host, self.settings.metrics_port, self._figures, self._words)
         try:
             await self.room.ranks.connect()
             async with asyncio.TaskGroup() as tasks:
@@ -178,6 +181,7 @@ class Worker(ABC, Generic[A]):
     async def _drain(self) -> None:
         """Hand everything back (rule 12) and wait until the gateways have acknowledged it, or the grace ends."""
         self._draining = True
+        self._blame()
         self.do(self.drain(time.monotonic()))
         self._beat()
         self._settle()
@@ -187,6 +191,12 @@ class Worker(ABC, Generic[A]):
             await self.fleet.leave(self.incarnation)
         except QueueError as error:
             log.warning("left without a word to Redis", error=error)
+
+    def _blame(self) -> None:
+        """If the engine's thread has died: of what it was computing, and that counts against it (rule 11)."""
+        if self.engine.error is not None:
+            for key in self.engine.launching:
+                self.do(self.runs.lose(key, "failed", f"{type(self.engine.error).__name__}: {self.engine.error}"))
 
     def do(self, actions: Sequence[A | RunAction]) -> None:
         """Carry out, then publish what has been said meanwhile."""
@@ -310,13 +320,25 @@ class Worker(ABC, Generic[A]):
             **self.own_figures(),
         }
 
+    def _words(self) -> dict[str, str]:
+        """The role as well: it may change, and then Prometheus must not go by the container's name."""
+        return {"role": self.role, **self.own_words()}
+
     def _beat(self) -> None:
         self._sequence += 1
         self.gateways.beat(self.facts())
 
+    def _watch_engine(self, now: float) -> None:
+        """A launch that does not return: the others take this worker for dead by now (rule 3), and only a new process can compute again."""
+        own = self.snapshot
+        self._pulse.beat(self.incarnation, own.step, own.in_flight > 0, self.room.longest_step_s, now)
+        for _, reason in self._pulse.dead(now):
+            self.room.ranks.lost(EngineError(f"the engine hangs: {reason}"))
+
     async def _beat_forever(self) -> None:
         while True:
             self._beat()
+            self._watch_engine(time.monotonic())
             self.gateways.reap()
             self.do(self.tick(time.monotonic()))
             await asyncio.sleep(BEAT_S)

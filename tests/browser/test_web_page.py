@@ -93,10 +93,13 @@ def test_tokens_arrive_one_by_one_and_the_stages_are_shown(page: Page) -> None:
     page.say("What is the capital of France?")
     page.done()
     assert page.text(".answer .said") == "The capital of France is Paris."
-    assert len(page.chrome.execute_script("return [...window.seen]")) >= 5, "the text came in one piece"
     told = page.text(".told")
     assert all(word in told for word in ("TTFT", "TPOT", "tokens/s", "prefill", "transfer", "decode", "8 tokens"))
     assert len(page.chrome.find_elements(By.CSS_SELECTOR, ".bar i")) >= 4
+    page.chrome.execute_script("window.seen.clear()")
+    page.say("Write a long story about a dragon who learns to fly.")  # long enough, however late a frame is drawn
+    page.done()
+    assert len(page.chrome.execute_script("return [...window.seen]")) >= 5, "the text came in one piece"
 
 
 def test_stop_frees_the_pages(page: Page, pair: Cluster) -> None:
@@ -106,7 +109,7 @@ def test_stop_frees_the_pages(page: Page, pair: Cluster) -> None:
     until(lambda: figures(pair, "decode-0")["pages_held"] > 0, "no pages in use")
     page.one("#stop").click()
     page.done()
-    until(lambda: figures(pair, "decode-0")["pages_held"] == 0, "pages are still held", 2.0)
+    until(lambda: figures(pair, "decode-0")["pages_held"] == 0, "pages are still held", 10.0)
     assert "Stopped." in page.text(".answer")
     assert page.one("#send").is_displayed() and not page.one("#stop").is_displayed()
 

@@ -23,8 +23,8 @@ from tests.integration.echo_desk import EchoDesk
 
 NAME = "smollm2"
 PATIENCE_S = 20.0
-BODY_S = 1.0
-HEAD_S = 1.0
+BODY_S = 2.0
+HEAD_S = 2.0
 WRITE_S = 2.0
 MOST_BYTES = 2 << 20
 ROOM_BYTES = 3 << 20

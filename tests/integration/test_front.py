@@ -64,7 +64,7 @@ def url(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
 
 
 def test_a_stream_comes_token_by_token(server: Served, url: str) -> None:
-    server.desk.scripts = lambda ask: Script(endless=True, pause_s=0.1)
+    server.desk.scripts = lambda ask: Script(endless=True, pause_s=0.3)
     at: list[float] = []
     with httpx.stream("POST", f"{url}{TEXT}", json=completion([100], max_tokens=10, stream=True), timeout=PATIENCE_S) as stream:
         at += [time.monotonic() for line in stream.iter_lines() if line.startswith("data:")]

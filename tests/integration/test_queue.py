@@ -96,13 +96,13 @@ async def test_wait_wakes_up_for_a_new_job(queue: JobQueue, redis_url: str) -> N
         await asyncio.sleep(0.2)
         await JobQueue(other, FLEET, PRINT).put(job("r1"), "batch")
         assert ids(await waiting) == ["r1"]
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 1.8
 
 
 async def test_wait_ends_in_time_and_never_outlasts_the_socket(queue: JobQueue) -> None:
     started = time.monotonic()
     assert await queue.wait("a", 0.2) == []
-    assert 0.15 < time.monotonic() - started < 1.0
+    assert 0.15 < time.monotonic() - started < 2.0
     started = time.monotonic()
     assert await queue.wait("a", 3600.0) == []
     assert time.monotonic() - started < LONGEST_WAIT_S + 1.0
@@ -207,8 +207,9 @@ async def test_depth_and_age_are_of_what_nobody_has_claimed(queue: JobQueue) -> 
     await queue.put(job("r3"), "interactive")
     assert await claim_id(queue, "a") == "r3" and await claim_id(queue, "a") == "r1"
     assert (await queue.depth(), await queue.oldest_s()) == (0, 0.0)
+    began = time.monotonic()
     await queue.put(job("r4"), "batch")
-    assert await queue.depth() == 1 and await queue.oldest_s() < 0.25
+    assert await queue.depth() == 1 and await queue.oldest_s() < time.monotonic() - began + 0.05
     await queue.remove(first)
     assert await queue.depth() == 1
 

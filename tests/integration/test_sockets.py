@@ -241,7 +241,7 @@ async def test_a_stopped_reader_is_told_false_and_never_waited_for(closing: Clos
             if accepted % 200 == 0:
                 await asyncio.sleep(0)
         assert not said and accepted >= 10_000
-        assert slowest < 1.0
+        assert slowest < 10.0, "a send that waits for the reader never returns"
         assert publisher.is_open("gw") and not publisher.send("gw", large)
         os.kill(reader.pid, signal.SIGCONT)
         last: list[m.Event] = [m.Tokens(KEY, [m.Token(0, 99)])]
@@ -497,13 +497,13 @@ async def test_injected_faults_drop_the_nth_message_and_delay_another_with_what_
     closing(Pump(server, lambda frames: got.append(frames[-1])))
     client = new_socket(zmq.DEALER, 100, 1 << 20)
     client.connect(f"tcp://127.0.0.1:{port}")
-    pump = closing(Pump(client, lambda frames: None, MessageFault(drop_every=4, delay_every=3, delay_s=0.3)))
+    pump = closing(Pump(client, lambda frames: None, MessageFault(drop_every=4, delay_every=3, delay_s=2.0)))
     begin = time.monotonic()
     assert all(pump.send([str(number).encode()]) for number in range(1, 6))
     await until(lambda: len(got) == 2)
-    assert time.monotonic() - begin < 0.3
+    assert time.monotonic() - begin < 2.0
     await until(lambda: len(got) == 4)
-    assert time.monotonic() - begin >= 0.3 and got == [b"1", b"2", b"3", b"5"]
+    assert time.monotonic() - begin >= 2.0 and got == [b"1", b"2", b"3", b"5"]
 
 
 # ------------------------------------------------------------------------------------------------------------- strangers

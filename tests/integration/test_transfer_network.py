@@ -103,9 +103,9 @@ def test_a_peer_that_is_cut_off_holds_up_nobody_else(network: Network, end: Call
     began = time.monotonic()
     host.push(near.expect(2), 2, "near")
     assert host.next(Sent).grant == 2
-    assert time.monotonic() - began < 2.0
+    assert time.monotonic() - began < 4.0
     assert host.next(PushFailed).grant == 1
-    assert time.monotonic() - began < 7.0
+    assert time.monotonic() - began < 10.0, "15 s and more, once"
     network.heal("far")
     host.tell("close_peer", "far")
     host.push(far.expect(3), 3, "far again")

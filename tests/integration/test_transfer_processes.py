@@ -230,8 +230,9 @@ def test_a_killed_receiver_fails_the_push_within_seconds(here: Here, other: Othe
     here.transfer.finish_push(1, 1)
     other.kill()
     killed_at = time.monotonic()
-    assert here.next(PushFailed).handoff == 1
-    assert time.monotonic() - killed_at < 3.0
+    failed = here.next(PushFailed)
+    assert failed.handoff == 1 and "nothing has moved" not in failed.reason, "found out by the connection, not by waiting"
+    assert time.monotonic() - killed_at < 6.0
 
 
 def test_a_killed_idle_receiver_is_noticed_by_the_next_push(here: Here, other: Other) -> None:
@@ -241,7 +242,8 @@ def test_a_killed_idle_receiver_is_noticed_by_the_next_push(here: Here, other: O
     _until(lambda: here.transfer.counts.sent_pages == 1)
     other.kill()
     here.transfer.push("there", rank, 1, 1, ALL[1:], ALL[1:])
-    assert here.next(PushFailed, timeout_s=4.0).handoff == 1
+    failed = here.next(PushFailed, timeout_s=8.0)
+    assert failed.handoff == 1 and "nothing has moved" not in failed.reason
 
 
 @EITHER

@@ -17,17 +17,20 @@ from common.errors import TransferError
 from common.messages import GrantedRank, Shard
 from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent, TransferEvent
 from services.transfer.ucx import IDLE_WAIT_S, UcxTransfer
-from services.worker.transfers import STUCK_LOOKS, STUCK_S, Transfers
+from services.worker.transfers import Transfers
+from services.worker.watch import STUCK_LOOKS, STUCK_S, Watch
 
 PAGES, PAGE_BYTES = 8, 1 << 18
 SHARD = Shard(0, (0, 30), (0, 3))
 ALL = tuple(range(PAGES))
 PUSH_S = 1.0
-PAGE_S = 0.01
-"""What a page costs a slow receiver. A window of 64 takes less than PUSH_S."""
-GRANTS = 40
-"""So many take 3 s there, and none is behind its own pages only."""
+PAGE_S = 0.004
+"""What a page costs a slow receiver. A window of 64 takes far less than PUSH_S."""
+GRANTS = 80
+"""So many take 2.5 s there, and none is behind its own pages only."""
 WAIT_S = 10.0
+
+pytestmark = pytest.mark.system
 
 
 @dataclass(eq=False)
@@ -130,7 +133,8 @@ def test_a_stuck_way_fails_in_time_beside_one_that_is_never_quiet(make: Callable
 def watched(looked_at: float) -> Transfers:
     """Only what `watch` looks at."""
     transfers = Transfers.__new__(Transfers)
-    transfers._own, transfers._stuck_looks = SimpleNamespace(looked_at=looked_at, check=lambda: None), 0  # type: ignore[assignment]
+    transfers._own = SimpleNamespace(looked_at=looked_at, check=lambda: None)  # type: ignore[assignment]
+    transfers._watch = Watch(transfers._own)
     return transfers
 
 

@@ -231,9 +231,17 @@ def test_prometheus_scrapes_ports_that_exist() -> None:
                 assert str(names["port"]) == environment.get("BATON_METRICS_PORT", "8000"), name
 
 
-def test_the_dashboard_shows_figures_that_are_exported() -> None:
+def alerts() -> dict[str, Any]:
+    config = yaml.safe_load((ROOT / "compose/prometheus/prometheus.yml").read_text())
+    (name,) = config["rule_files"]
+    return dict(yaml.safe_load((ROOT / "compose/prometheus" / name).read_text()))
+
+
+def test_the_dashboard_and_the_alerts_use_figures_that_are_exported() -> None:
     board = json.loads((ROOT / "compose/grafana/dashboards/baton.json").read_text())
-    shown = {name for panel in board["panels"] for target in panel["targets"] for name in re.findall(r"\bbaton_\w+", target["expr"])}
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked += [rule["expr"] for group in alerts()["groups"] for rule in group["rules"]]
+    shown = {name for words in asked for name in re.findall(r"\bbaton_\w+", words)}
     counts = Metrics().text().decode()
     gateways = set(re.findall(r"^# TYPE (\w+) ", counts, re.MULTILINE))
     worker = "".join((ROOT / "services" / name / "worker.py").read_text() for name in ("worker", "prefill", "decode"))

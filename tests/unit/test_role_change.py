@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from common.errors import StartError, TransferError
-from common.messages import Identity, Layout
-from common.queue import connect
+from common.messages import Layout
 from common.service import Service
-from common.settings import WorkerSettings
 from services.colocated.worker import ColocatedWorker
 from services.engine.grid import Grid
-from services.engine.pages import PagePool
-from services.engine.policies import Limits
-from services.engine.scheduler import Scheduler
 from services.transfer import ucx
 from services.transfer.protocol import TransferEvent
 from services.transfer.ucx import UcxTransfer
-from services.worker.ranks import Ranks
-from services.worker.room import Memory, Room
-
-LAYOUT = Layout(1, 1, 4, 1, "float32")
-IDENTITY = Identity("f", "model", "t", 100, 25, 4)
-
-
-class Idle:
-    """A runner that nobody asks for anything."""
-
-    depth = 1
+from tests.unit.in_process import serve
 
 
 class Unclosed(ColocatedWorker):
@@ -52,39 +35,14 @@ def gate() -> Iterator[threading.Event]:
     gate.set()
 
 
-def room(settings: WorkerSettings) -> Room:
-    limits = Limits(64, 64)
-    return Room(
-        layout=LAYOUT,
-        shards=Grid().shards(LAYOUT),
-        ranks=Ranks(settings, Grid(), Path("model"), [[0]], "worker"),
-        pool=None,  # type: ignore[arg-type]
-        runner=Idle(),  # type: ignore[arg-type]
-        scheduler=Scheduler(PagePool(64, 4), "chunked", limits),
-        limits=limits,
-        budget_tokens=64,
-        longest_step_s=1.0,
-        identity=IDENTITY,
-        memory=Memory(0, 0, 0, 0, None),
-        prefill_rate=1.0,
-    )
-
-
 def ended(kind: type[ColocatedWorker], stop: Callable[[Service], None], hang: threading.Event | None = None) -> Service:
     """What the service says after a worker has served and was stopped so, its engine waiting for `hang`."""
 
-    async def run() -> Service:
-        settings = WorkerSettings(host="127.0.0.1", drain_s=0.2, redis_url="redis://127.0.0.1:1/0")
-        service, redis = Service("colocated", settings), connect(settings.redis_url, None)
-        worker: Any = kind(room(settings), settings, service, redis, IDENTITY)
+    def begun(worker: Any) -> None:
         if hang is not None:
             worker.engine.post(hang.wait)
-        asyncio.get_running_loop().call_later(0.3, stop, service)
-        await worker.run()
-        await redis.aclose()
-        return service
 
-    return asyncio.run(run())
+    return serve(begun, kind=kind, stop=stop)[1]
 
 
 def test_with_its_threads_ended_a_worker_goes_on_in_another_role() -> None:

@@ -103,10 +103,20 @@ def test_text_is_measured_by_its_characters() -> None:
 def test_options() -> None:
     chosen = parse(["--slo", "opt-66b-sharegpt", "--gpus", "8", "--nodes", "2"])
     assert chosen.slo == Objectives(2.5, 0.15)
-    for bad in (["--gpus", "3", "--nodes", "2"], ["--slo", "soon"], ["--share", "1"], ["--rate", "0"], ["--algorithm", "3"]):
+    bad_ones = (["--gpus", "3", "--nodes", "2"], ["--slo", "soon"], ["--share", "1"], ["--rate", "0"], ["--algorithm", "3"])
+    for bad in bad_ones:
         with pytest.raises(SystemExit) as end:
             parse(bad)
         assert end.value.code == 2
+
+
+@pytest.mark.parametrize("what", [["--live", "http://127.0.0.1:8000"], ["--against", "goodput.json"]], ids=["live", "against"])
+def test_a_system_that_runs_is_not_planned_with_the_papers_machine(what: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What clients ask of SmolLM2 was planned with OPT-13B's times on an A100, without a word."""
+    with pytest.raises(SystemExit) as end:
+        parse(what)
+    assert end.value.code == 2 and "need --profile" in capsys.readouterr().err
+    assert parse([*what, "--profile", "mine.json"]).profile == "mine.json"
 
 
 def test_from_a_profile_to_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from services.prefill.core import PrefillCore
 from services.prefill.handoffs import Handoffs
 from services.prefill.routing import Holders, Load
 from services.transfer.protocol import PushFailed, Sent, TransferEvent
-from services.worker.runs import Runs
+from services.worker.runs import Acknowledge, Runs
 from tests.unit.recovery.carrier import SHARD
 from tests.unit.recovery.fabric import PAGE_TOKENS
 from tests.unit.recovery.worker import BUDGET_TOKENS, FINGERPRINT, FLEET, LAYOUT, ORPHAN_S, SWEEP_S, Worker
@@ -63,6 +63,9 @@ class Claimant(Worker):
     def _claimed(self, claimed: Claimed) -> None:
         self._claiming = False
         if self.draining:
+            return
+        if claimed.job.gateway in self.lost:
+            self.do([Acknowledge(claimed.entry)])
             return
         self.meet(claimed.job.gateway)
         self.do([*self.claimed(claimed.entry, claimed.aged)])
@@ -201,5 +204,5 @@ class Prefill(Claimant):
 
     def leftovers(self) -> list[str]:
         ways = self.core.handoffs
-        state = len(ways) + len(ways._by_number) + len(ways._withdrawing)
+        state = len(ways) + len(ways._by_number) + len(ways._withdrawing) + sum(map(len, ways._uncounted.values()))
         return super().leftovers() + ([f"{self.name} handoffs: {state}"] if state else [])

@@ -250,6 +250,32 @@ def test_every_request_is_repeated_until_it_is_answered() -> None:
     assert ways.tick(9.0) == []
 
 
+def test_an_offer_in_line_moves_to_a_decode_with_room_and_to_no_other() -> None:
+    """A long prompt went from the head of one full line to the end of the other every five seconds, and smaller ones took the pages that
+    had been saved for it."""
+    ways = Handoffs(4, random.Random(1))
+    for peer in ("d", "e"):
+        ways.beat(peer, Load(3, 5), 0.0)
+    (offered,) = ways.begin(KEY, job(), 40, [], tuple(range(10)), 0.0)
+    assert isinstance(offered, moves.Send)
+    first, other = offered.to, {"d": "e", "e": "d"}[offered.to]
+    ways.letter(first, Waiting(1), 0.1)
+    assert [type(body) for body in said(ways.tick(handoffs.OFFER_S + 1))] == [Offer], "repeated where it stands"
+    ways.beat(other, Load(3, 10), handoffs.OFFER_S + 2)
+    moved = ways.tick(handoffs.OFFER_S + 2)
+    assert [(action.to, type(action.body)) for action in moved if isinstance(action, moves.Send)] == [(first, Withdraw), (other, Offer)]
+
+
+def test_an_offer_that_nobody_has_answered_moves_to_any_other_decode() -> None:
+    ways = Handoffs(4, random.Random(1))
+    for peer in ("d", "e"):
+        ways.beat(peer, Load(3, 0), 0.0)
+    (offered,) = ways.begin(KEY, job(), 40, [], tuple(range(10)), 0.0)
+    assert isinstance(offered, moves.Send)
+    moved = [action for action in ways.tick(handoffs.OFFER_S + 1) if isinstance(action, moves.Send)]
+    assert [type(action.body) for action in moved] == [Withdraw, Offer] and moved[1].to != offered.to
+
+
 def test_a_grant_that_crosses_the_withdrawal_is_flushed() -> None:
     ways = offering()
     assert ways.drop(KEY, 0.1) == [moves.Send("d", Withdraw(1))]

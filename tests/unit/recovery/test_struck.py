@@ -146,6 +146,36 @@ def test_the_launch_of_a_suspect_is_confirmed_at_once() -> None:
     assert ledger.launched("q") == []
 
 
+def test_a_suspect_is_confirmed_though_the_suspicion_was_taken_back() -> None:
+    """Its worker waits by what the job says: the whole engine stood still for two seconds."""
+    ledger = opened()
+    ledger.join("p", "prefill")
+    ledger.put("r", 0, 1, Entry("interactive", "1-0"))
+    ledger.event("p", Started(Key("r", 0, 1, "e")), 1.0)
+    (job,) = jobs(ledger.dead("p", 3.0))
+    assert job.suspicion == 1
+    ledger.event("p", WorkerBeat("prefill", 1, 0, False, 1.0, 0, 0, 0, 0), 3.5)  # it was only silent
+    ledger.join("q", "prefill")
+    key = Key("r", 0, 2, "f")
+    assert ledger.event("q", Started(key), 4.0) == [Confirm("q")]
+    assert ledger.launched("q") == [key]
+
+
+def test_choices_that_ride_with_a_suspect_are_confirmed_as_well() -> None:
+    """They begin on a decode by themselves, and the job that brought them there is under suspicion."""
+    ledger = Ledger("g", "tcp://g")
+    ledger.open("r", Ask([1, 2, 3], Sampling(seed=1), 8, n=2), 0.0)
+    ledger.join("p", "prefill")
+    ledger.put("r", 0, 1, Entry("interactive", "1-0"))
+    ledger.event("p", Started(Key("r", 0, 1, "e")), 1.0)
+    (job,) = jobs(ledger.dead("p", 3.0))
+    assert job.suspicion == 1 and [choice.choice for choice in job.choices] == [0, 1]
+    ledger.join("d", "decode")
+    for choice in job.choices:
+        assert ledger.event("d", Started(Key("r", choice.choice, choice.attempt, "f")), 4.0) == [Confirm("d")]
+    assert len(ledger.launched("d")) == 2
+
+
 def test_a_long_answer_that_meets_many_deaths_is_no_poison() -> None:
     """What kills comes no further each time; ten minutes of faults ended a request that had only been there long enough."""
     ledger = Ledger("g", "tcp://g")

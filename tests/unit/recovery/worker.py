@@ -80,6 +80,8 @@ class Worker(Process):
         )
         self.snapshot: Snapshot = self.scheduler.snapshot()
         self.gateways = Liveness()
+        self.lost: set[str] = set()
+        """Gateways that have fallen silent."""
         self.addresses: set[str] = set()
         """Gateways for which a token socket is open."""
         self.draining = False
@@ -242,6 +244,7 @@ class Worker(Process):
             return
         match letter.body:
             case GatewayBeat() as beat:
+                self.lost.discard(letter.sender)
                 self.meet(letter.sender)
                 self.gateways.heard(letter.sender, self.world.now)
                 for key in self.outbox.seen(beat.seen):
@@ -277,6 +280,7 @@ class Worker(Process):
         self.beat()
         for gateway, _ in self.gateways.dead(self.world.now):
             self.gateways.forget(gateway)
+            self.lost.add(gateway)
             self.addresses.discard(gateway)
             for key in self.outbox.of(gateway):
                 self.outbox.forget(key)
