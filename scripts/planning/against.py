@@ -2,11 +2,13 @@
 
 Every trial is asked again of a simulated system of the same placement: the same lengths, due at the same times. What an idle server
 took in that run beyond what the simulator says of an idle one (the gateway, the words on the sockets, whatever a launch costs in a
-running worker beyond its profile) is measured first, and added; nothing that was measured under load is.
+running worker beyond its profile) is measured first, and added. Of what was measured under load only one thing is used, and no latency:
+where everything else has no core of its own, it takes time from the workers' cores, and how much is in the system's own books.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from common.messages import WORKER_ROLES
 from common.slo import Objectives
 from scripts.planning.crossing import Asked, Crossing, crossing
 from services.planner.costs import Costs, Parallel
@@ -59,6 +62,8 @@ class TrialOf(Struct, frozen=True):
     requests: int
     attained: int
     void: bool
+    cpu_cores: dict[str, float] = {}
+    """Used in the mean, by role, and by the whole machine."""
 
 
 class Recorded(Struct, frozen=True):
@@ -93,6 +98,8 @@ class Compared:
     """Of every launch."""
     transfer_s: float
     """Of every handoff beyond its bytes."""
+    taken: float
+    """Share of the workers' cores that others took, in the mean of the trials."""
 
     @property
     def ratio(self) -> float | None:
@@ -166,6 +173,14 @@ def slower(costs: Costs, overhead_s: float, transfer_s: float) -> Costs:
     return replace(costs, launches=launches, transfer_s=costs.transfer_s + transfer_s)
 
 
+def taken(trial: TrialOf, devices: int, cores: int) -> float:
+    """Share of each of the workers' cores that others took in this trial: the front end, the generator, idle systems, the machine itself.
+    They take it where no cores are left for them."""
+    own = sum(trial.cpu_cores.get(role, 0.0) for role in WORKER_ROLES)
+    others = trial.cpu_cores.get("machine", own) - own
+    return min(0.9, max(0.0, others - max(0, cores - devices)) / devices)
+
+
 def idle(costs: Costs, where: Placement, input_tokens: int) -> tuple[float, float]:
     """(TTFT, TPOT) of one request alone in the simulator."""
     verdict = run(costs, where, [Ask(0.0, input_tokens, IDLE_ANSWER)], Window(0, 1), 1.0, Objectives(1e9, 1e9), 1.0, whole=True)
@@ -185,18 +200,21 @@ def _compared(
     costs = slower(costs, 0.0, of_a_handoff)
     front_s = max(0.0, median(seconds - idle(costs, where, tokens)[0] for tokens, seconds in target.unloaded.ttft))
     left = Objectives(max(0.0, objectives.ttft_s - front_s), objectives.tpot_s)
-    trials = []
+    trials, shares = [], []
+    cores = re.match(r"(\d+) cores", found.machine)
     for trial, records in zip(found.trials, found.records, strict=True):
         if trial.target != target.name or trial.void:
             continue
         asks = [Ask(one.due_s, one.input_tokens, one.output_tokens) for one in records]
-        verdict = run(costs, where, asks, Window(0, len(asks)), 1.0, left, share, whole=True)
+        shares.append(taken(trial, where.devices, int(cores[1])) if cores else 0.0)
+        launches = {tp: one.slowed(1 / (1 - shares[-1])) for tp, one in costs.launches.items()}
+        verdict = run(replace(costs, launches=launches), where, asks, Window(0, len(asks)), 1.0, left, share, whole=True)
         trials.append((trial.rate, trial.requests, trial.attained, verdict.hits))
     if not trials:
         raise AgainstError(f"{target.name}: no trial of it is valid")
     measured = crossing([Asked(rate, hits, asked) for rate, asked, hits, _ in trials], share)
     simulated = crossing([Asked(rate, hits, asked) for rate, asked, _, hits in trials], share)
-    return Compared(target.name, where, measured, simulated.rate, tuple(sorted(trials)), front_s, of_a_launch, of_a_handoff)
+    return Compared(target.name, where, measured, simulated.rate, tuple(sorted(trials)), front_s, of_a_launch, of_a_handoff, fmean(shares))
 
 
 def as_json(one: Compared) -> dict[str, Any]:
@@ -211,6 +229,7 @@ def as_json(one: Compared) -> dict[str, Any]:
         "front_ms": round(1000 * one.front_s, 3),
         "launch_overhead_ms": round(1000 * one.overhead_s, 3),
         "handoff_overhead_ms": round(1000 * one.transfer_s, 3),
+        "cores_taken": round(one.taken, 4),
         "trials_rate_requests_attained_simulated": [[round(rate, 4), *counts] for rate, *counts in one.trials],
     }
 

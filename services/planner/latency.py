@@ -14,7 +14,7 @@ flatters `chunked` a little.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.engine.budgets import LENGTHS, chunk_within, saturating
 from services.engine.plan import Plan
@@ -30,6 +30,9 @@ class Coefficients:
 
     def seconds(self, x: float, y: float) -> float:
         return self.a + self.b * x + self.c * y
+
+    def slowed(self, factor: float) -> Coefficients:
+        return Coefficients(factor * self.a, factor * self.b, factor * self.c)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,16 @@ class LaunchModel:
             decode = self._decode(batch)
             seconds = max(seconds, decode.a) + decode.b * context + decode.c * batch
         return (seconds + self.overhead_s) / pp + self.hop_s * pp
+
+    def slowed(self, factor: float) -> LaunchModel:
+        """Every launch takes so many times as long."""
+        return replace(
+            self,
+            prefill=self.prefill.slowed(factor),
+            decode=self.decode.slowed(factor),
+            decode_large=self.decode_large and self.decode_large.slowed(factor),
+            overhead_s=factor * self.overhead_s,
+        )
 
     def limits(self, page_tokens: int, chunk_s: float) -> tuple[int, int]:
         """(budget, chunk) tokens of a launch, by the rule with which a worker calibrates itself at start."""

@@ -98,6 +98,22 @@ def test_a_server_of_half_the_speed_is_found_out(tmp_path: Path) -> None:
     assert not one.holds and one.simulated > 1.5 * one.measured.rate
 
 
+def test_cores_that_others_took_are_missing_in_the_simulator_too(tmp_path: Path) -> None:
+    """On two cores everything else runs on those of the two workers: reality was 8 % slower than each of its launches."""
+    path = tmp_path / "goodput.json"
+    found = run_file(["colocated 2×1"])
+    path.write_text(json.dumps(found))
+    (whole,), _ = compared(machine(), read(path), 0.9)
+    for trial in found["trials"]:
+        trial["cpu_cores"] = {"colocated": 1.5, "gateway": 0.1, "machine": 2.1}
+    for words, share in (("2 cores, x86_64", 0.3), ("3 cores, x86_64", 0.0)):
+        found["machine"] = words
+        path.write_text(json.dumps(found))
+        (one,), _ = compared(machine(), read(path), 0.9)
+        assert one.taken == pytest.approx(share)
+        assert (one.simulated < 0.9 * whole.simulated) == (share > 0)
+
+
 def test_what_the_simulator_does_not_know_is_left_out_in_words(tmp_path: Path) -> None:
     path = tmp_path / "goodput.json"
     found = run_file(["colocated 2×1"])
