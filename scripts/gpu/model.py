@@ -18,7 +18,7 @@ from common.settings import Kernels
 from scripts.gpu.guard import attempt
 from services.engine.cuda.runner import runner
 from services.engine.forward import place
-from services.engine.model import load
+from services.engine.loading import load
 from services.engine.pages import PagePool
 from services.engine.plan import Plan
 from services.engine.policies import Limits

@@ -51,7 +51,7 @@ def place(loaded: LoadedModel, kernels: Kernels, folder: str | None = None, most
     why = "the setting says so"
     if kernels != "torch":
         try:
-            return _on_gpu(loaded, most_batch) if loaded.device.type == "cuda" else _on_cpu(loaded, folder)
+            return _on_gpu(loaded, most_batch) if loaded.device.type == "cuda" else place_native(loaded, folder)
         except build.Unavailable as error:
             why = str(error)
     if kernels == "native":
@@ -62,8 +62,8 @@ def place(loaded: LoadedModel, kernels: Kernels, folder: str | None = None, most
     return partial(TorchForward, loaded)
 
 
-def _on_cpu(loaded: LoadedModel, folder: str | None) -> Callable[[Pool], Forward]:
-    """Raises Unavailable."""
+def place_native(loaded: LoadedModel, folder: str | None) -> Callable[[Pool], Forward]:
+    """By the kernels for CPU cores alone, which need nothing of the module but its configuration and tensors. Raises Unavailable."""
     why = native.refusal(loaded, loaded.layout.page_tokens)
     if why is not None:
         raise build.Unavailable(why)

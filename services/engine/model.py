@@ -1,28 +1,21 @@
-"""Loading a model for the engine: which ones it can run, what it must know of them, and its attention put into place."""
+"""A model for the engine: which ones it can run, and what it must know of them. Without transformers: see tensors.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging as hf_logging
 
 from common.errors import StartError
 from common.messages import Layout, Shard
-from services.engine.attention import attend
-from services.engine.grid import Grid
 
-ATTENTION = "baton_paged"
 SUPPORTED = ("llama", "mistral", "opt", "qwen2", "qwen3")
 """Model types with standard or grouped-query attention over the whole context (SmolLM2 is a llama)."""
+FAMILY = ("llama", "mistral", "qwen2", "qwen3")
+"""Those of which the native kernels run: they have the same names and shapes."""
 LENGTH_ROPES = ("dynamic", "longrope")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-AttentionInterface.register(ATTENTION, attend)
 
 
 @dataclass(frozen=True)
@@ -36,30 +29,6 @@ class LoadedModel:
     vocabulary: int
     device: torch.device
     dtype: torch.dtype
-
-
-def load(path: str | Path, device: str, dtype: str, page_tokens: int) -> LoadedModel:
-    """Load a decoder-only model from a folder. Raises StartError if it is none that this engine runs, or does not fit the device."""
-    hf_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise StartError(f"no model in {path}: {error}") from error
-    refuse_unsupported(config)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise StartError("device is cuda, but torch sees no CUDA device")
-    kind = _dtype(config, dtype)
-    try:
-        module, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=kind, attn_implementation=ATTENTION, trust_remote_code=False, use_safetensors=True, output_loading_info=True
-        )
-        module.eval().requires_grad_(False).to(device)
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-        raise StartError(f"cannot load the model in {path}: {error}") from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise StartError(f"the weights in {path} lack {len(missing)} of the model's tensors, first {missing[0]}")
-    return adopt(module, device, page_tokens)
 
 
 def adopt(module: Any, device: str, page_tokens: int) -> LoadedModel:
@@ -78,24 +47,6 @@ def adopt(module: Any, device: str, page_tokens: int) -> LoadedModel:
         device=torch.device(device),
         dtype=module.dtype,
     )
-
-
-def refuse_grid(path: str | Path, grid: Grid) -> None:
-    """Raises StartError if the model's sizes cannot be divided so."""
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise StartError(f"no model in {path}: {error}") from error
-    refuse_unsupported(config)
-    heads = config.num_attention_heads
-    reason = grid.refusal(
-        layers=config.num_hidden_layers,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        inner=getattr(config, "intermediate_size", None) or config.ffn_dim,
-    )
-    if reason is not None:
-        raise StartError(reason)
 
 
 def body_of(module: Any) -> Any:
@@ -123,7 +74,8 @@ def refuse_unsupported(config: Any) -> None:
         )
 
 
-def _dtype(config: Any, name: str) -> torch.dtype:
+def dtype_of(config: Any, name: str) -> torch.dtype:
+    """Of weights and KV: what the setting says, or else the model's own."""
     if name != "auto":
         return DTYPES[name]
     own = getattr(config, "dtype", None) or torch.float32

@@ -25,7 +25,7 @@ from common.service import leave
 from services.engine.forward import place_rank
 from services.engine.grid import Grid
 from services.engine.mesh import Mesh
-from services.engine.model import LoadedModel, load
+from services.engine.model import LoadedModel
 from services.engine.pool import Pool, free_bytes
 from services.engine.sharding import cut
 from services.engine.stage import Stage
@@ -85,6 +85,8 @@ def _serve(launches: Wire, words: Words) -> int:
 
 def part(folder: Path, device: str, dtype: str, page_tokens: int, mesh: Mesh) -> tuple[Layout, LoadedModel]:
     """Load a model, keep what this rank computes, and put that on its device; with it the whole model's layout. Raises StartError."""
+    from services.engine.loading import load  # transformers takes seconds, and a worker of one rank may do without
+
     if device == "cuda" and torch.cuda.device_count() < mesh.grid.ranks:
         raise StartError(f"{mesh.grid.ranks} ranks need as many GPUs, torch sees {torch.cuda.device_count()}")
     whole = load(folder, "cpu", dtype, page_tokens)

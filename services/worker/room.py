@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Callable
@@ -16,12 +17,14 @@ from common.errors import StartError
 from common.logs import get_logger
 from common.messages import Identity, Layout, Role, Shard
 from common.settings import WorkerSettings, cores
+from services.engine import tensors
 from services.engine.calibrate import measure
 from services.engine.cuda.runner import runner
-from services.engine.forward import place
+from services.engine.forward import Forward, place, place_native
 from services.engine.grid import Grid
 from services.engine.mesh import Mesh
-from services.engine.model import load, refuse_grid
+from services.engine.model import LoadedModel
+from services.engine.native.build import Unavailable
 from services.engine.pages import PagePool
 from services.engine.pipeline import PipelinedRunner
 from services.engine.policies import Limits, PolicyName
@@ -92,6 +95,8 @@ def build(settings: WorkerSettings, shares: list[list[int]], role: Role) -> Room
     where = model_files.folder(settings.model)
     grid = Grid(settings.tp, settings.pp)
     if grid.ranks > 1:
+        from services.engine.loading import refuse_grid
+
         refuse_grid(where, grid)
         if settings.kernels == "native":
             raise StartError(f"kernels is native, but the worker has {grid.ranks} ranks")
@@ -169,9 +174,8 @@ def _weights(where: Path, settings: WorkerSettings, ranks: Ranks) -> tuple[Facts
     """The weights in place, and nothing else of the model: what the loaded module leaves behind counts as free from here on."""
     mesh = Mesh(ranks.grid, 0)
     if ranks.grid.ranks == 1:
-        loaded = load(where, settings.device, settings.dtype, settings.page_tokens)
+        loaded, over = _placed(where, settings)
         facts = Facts(loaded.layout, loaded.layout, loaded.context_tokens, loaded.device, mesh)
-        over = place(loaded, settings.kernels, settings.kernels_folder, settings.max_batch)
         return facts, lambda pool: runner(over(pool), facts.layout.page_tokens)
     whole, loaded = part(where, settings.device, settings.dtype, settings.page_tokens, mesh)
     facts = Facts(whole, loaded.layout, loaded.context_tokens, loaded.device, mesh)
@@ -181,6 +185,19 @@ def _weights(where: Path, settings: WorkerSettings, ranks: Ranks) -> tuple[Facts
         return PipelinedRunner(leader, whole.page_tokens, stages) if stages > 1 else Runner(leader, whole.page_tokens)
 
     return facts, leading
+
+
+def _placed(where: Path, settings: WorkerSettings) -> tuple[LoadedModel, Callable[[Pool], Forward]]:
+    """Mere tensors where the native kernels run the model, a module of transformers everywhere else."""
+    if settings.device == "cpu" and settings.kernels != "torch":
+        plain = tensors.read(where, settings.dtype, settings.page_tokens)
+        with contextlib.suppress(Unavailable):  # the other way says why
+            if plain is not None:
+                return plain, place_native(plain, settings.kernels_folder)
+    from services.engine.loading import load  # takes seconds
+
+    loaded = load(where, settings.device, settings.dtype, settings.page_tokens)
+    return loaded, place(loaded, settings.kernels, settings.kernels_folder, settings.max_batch)
 
 
 def allocate(facts: Facts, settings: WorkerSettings, needed: int, ranks: Ranks) -> tuple[Pool, Memory]:

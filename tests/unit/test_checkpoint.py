@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from gateway.prompts import Model
 from scripts.gpu.checkpoint import TINY, plain, write
-from services.engine.model import load
+from services.engine.loading import load
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from services.engine.cuda.reference import ReferenceOperators
 from services.engine.cuda.runner import runner
 from services.engine.cuda.weights import fused, refusal
 from services.engine.launch import Launch
-from services.engine.model import load
+from services.engine.loading import load
 from services.engine.pages import PagePool
 from services.engine.plan import Drawn, Outcome, Plan
 from services.engine.policies import Limits

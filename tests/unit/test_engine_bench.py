@@ -24,7 +24,7 @@ from services.engine.bench.report import Report, table
 from services.engine.bench.rounds import Case, Times
 from services.engine.bench.rounds import measure as timed
 from services.engine.bench.work import Shapes, Work
-from services.engine.model import load
+from services.engine.loading import load
 from services.engine.native import build, library
 from tests.unit.tiny_models import saved
 

@@ -25,7 +25,7 @@ from common.errors import StartError
 from common.messages import Layout
 from services.engine import weights
 from services.engine.forward import choose
-from services.engine.model import load
+from services.engine.loading import load
 from services.engine.pool import RESERVE_BYTES, Pool, _group_free_bytes, fit_pages, free_bytes, refuse_expandable
 from services.engine.runner import Runner
 from tests.unit.tiny_models import PLANS, pairs, saved

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config, 
 from common.errors import StartError
 from services.engine.bench.ceilings import native_product
 from services.engine.forward import choose
-from services.engine.model import LoadedModel, load
+from services.engine.loading import load
+from services.engine.model import LoadedModel
 from services.engine.native import build
 from services.engine.native.build import KINDS, Unavailable, target
 from services.engine.native.forward import NativeForward, NativeWeights, refusal

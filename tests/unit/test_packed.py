@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from services.engine.forward import choose
-from services.engine.model import load
+from services.engine.loading import load
 from services.engine.packed import PackedLinear, pack, packable
 from services.engine.pool import Pool
 

@@ -11,7 +11,8 @@ from common.messages import Key, Sampling
 from common.settings import Kernels
 from services.engine.calibrate import measure
 from services.engine.forward import choose
-from services.engine.model import LoadedModel, load
+from services.engine.loading import load
+from services.engine.model import LoadedModel
 from services.engine.native import build
 from services.engine.plan import Chunk, Plan
 from services.engine.pool import Pool

@@ -24,7 +24,7 @@ from services.engine.bench.rounds import Case, Sample, Say, Times
 from services.engine.bench.rounds import measure as timed
 from services.engine.bench.work import Shapes, Work
 from services.engine.forward import place
-from services.engine.model import load
+from services.engine.loading import load
 from services.engine.pool import Pool, free_bytes
 from services.engine.torch_forward import TorchForward
 

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from services.engine import huge
 from services.engine.launch import Launch
-from services.engine.model import LoadedModel
+from services.engine.model import FAMILY, LoadedModel
 from services.engine.native import library
 from services.engine.native.build import Unavailable
 from services.engine.pool import Pool
 from services.engine.rotary import rotary
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 COLUMNS = 32
 """Outputs in a panel of packed weights, as in gemm.h."""
 HALF = 16
