@@ -31,7 +31,7 @@ class Metrics:
         self.prompt_tokens = Counter("baton_prompt_tokens", "Tokens of accepted prompts", registry=r)
         self.output_tokens = Counter("baton_output_tokens", "Tokens shown to clients", registry=r)
         self.running = Gauge("baton_running", "Answers accepted and not ended, of this gateway", registry=r)
-        self.queued = Gauge("baton_queued", "Answers accepted and not begun by a worker, of this gateway", registry=r)
+        self.queued = Gauge("baton_queued", "Requests accepted and not begun by a worker, of this gateway", registry=r)
         self.good = Counter(
             "baton_good_requests",
             f"Answers with TTFT up to {objectives.ttft_s:g} s and TPOT up to {objectives.tpot_s:g} s (slo_ttft_s, slo_tpot_s)",

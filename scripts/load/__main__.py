@@ -212,6 +212,7 @@ async def compare(chosen: argparse.Namespace, bench: Bench, workload: Workload, 
 def about() -> dict[str, Any]:
     return {
         "made": str(date.today()),
+        "cores": len(os.sched_getaffinity(0)),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "command": " ".join(["./scripts/goodput", *sys.argv[1:]]),
     }

@@ -8,7 +8,6 @@ where everything else has no core of its own, it takes time from the workers' co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -81,6 +80,8 @@ class GoodputRun(Struct, frozen=True):
     targets: list[Measured]
     trials: list[TrialOf]
     records: list[list[Recorded]]
+    cores: int | None = None
+    """Of the machine; None: not written down, and that others may have used the workers' is left out."""
 
 
 @dataclass(frozen=True)
@@ -201,12 +202,11 @@ def _compared(
     front_s = max(0.0, median(seconds - idle(costs, where, tokens)[0] for tokens, seconds in target.unloaded.ttft))
     left = Objectives(max(0.0, objectives.ttft_s - front_s), objectives.tpot_s)
     trials, shares = [], []
-    cores = re.match(r"(\d+) cores", found.machine)
     for trial, records in zip(found.trials, found.records, strict=True):
         if trial.target != target.name or trial.void:
             continue
         asks = [Ask(one.due_s, one.input_tokens, one.output_tokens) for one in records]
-        shares.append(taken(trial, where.devices, int(cores[1])) if cores else 0.0)
+        shares.append(0.0 if found.cores is None else taken(trial, where.devices, found.cores))
         launches = {tp: one.slowed(1 / (1 - shares[-1])) for tp, one in costs.launches.items()}
         verdict = run(replace(costs, launches=launches), where, asks, Window(0, len(asks)), 1.0, left, share, whole=True)
         trials.append((trial.rate, trial.requests, trial.attained, verdict.hits))

@@ -18,8 +18,8 @@ from services.engine.scheduler import Scheduler
 log = get_logger(__name__)
 
 FAILURES = 2
-"""So many launches fail in a row: then it is the device and not what it was given. A worker that can compute nothing is always idle, claims
-whatever comes, and each request that it fails three times is ended for it."""
+"""So many launches fail in a row, none with a request of the one before: then it is the device and not what it was given. A worker that can
+compute nothing is always idle, claims whatever comes, and each request that it fails three times is ended for it."""
 CONFIRM_S = 2.0
 """A suspect's first launch waits at most so long for its gateway to say that it knows of it: only then a death in it is known for one."""
 
@@ -68,6 +68,8 @@ class Engine:
         """Launches that have failed since the last one that did not; one that was launched ahead of the news of a failure belongs to it."""
         self._failed_to = 0
         """The last launch when the last failure was known."""
+        self._failed_with: set[str] = set()
+        """Requests of the launches that have failed since one did not: what fails with the same again may be their fault."""
         self._began_at = 0.0
 
     @property
@@ -162,6 +164,7 @@ class Engine:
             self._failed(plan, error)
         else:
             self._failures = 0
+            self._failed_with.clear()
             now = time.monotonic()
             self._clocked.note(plan, now - self._began_at)
             self._began_at = now
@@ -172,7 +175,9 @@ class Engine:
         """A launch that raises takes its own sequences with it, and nobody else's."""
         log.exception("a launch has failed", error, launch=plan.number, sequences=len(plan.chunks))
         self._scheduler.abort(plan, f"{type(error).__name__}: {error}")
-        self._failures += plan.number > self._failed_to
+        requests = {chunk.sequence.key.request_id for chunk in plan.chunks}
+        self._failures += plan.number > self._failed_to and self._failed_with.isdisjoint(requests)
+        self._failed_with |= requests
         self._failed_to = max([plan.number, *(ahead.number for ahead, _ in self._under_way)])
         if self._failures >= FAILURES:
             self._report()

@@ -83,6 +83,8 @@ def _config(said: Any) -> SimpleNamespace | None:
         and set(rope) <= {"rope_theta", "rope_type"}
         and rope.get("rope_type", "default") == "default"
         and said.get("partial_rotary_factor", 1.0) == 1.0
+        and (said["model_type"] != "mistral" or "sliding_window" in said)
+        and not said.get("use_sliding_window")
         and "quantization_config" not in said
         and said.get("hidden_act") == "silu"
     )

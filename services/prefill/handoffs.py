@@ -90,9 +90,13 @@ class Going:
 class Handoffs:
     """All handoffs of one prefill. Decodes are known by `beat` until `peer_dead`."""
 
-    def __init__(self, page_tokens: int, rng: random.Random | None = None, *, holders: Holders | None = None) -> None:
-        """`holders`: what was handed to whom is remembered there, and preferred; None: routed by load alone."""
+    def __init__(
+        self, page_tokens: int, rng: random.Random | None = None, *, holders: Holders | None = None, growth_pages: int = 0
+    ) -> None:
+        """`holders`: what was handed to whom is remembered there, and preferred; None: routed by load alone. `growth_pages`: what a decode
+        reserves beyond what is sent."""
         self._page_tokens = page_tokens
+        self._growth_pages = growth_pages
         self._holders = holders
         self._rng = rng or random.Random()
         self._going: dict[Key, Going] = {}
@@ -258,8 +262,17 @@ class Handoffs:
         """Decodes to which an overdue offer moves, if any."""
         if going.job.alone or going.job.reserve_all:
             return set()
-        pages = len(self._needed(going)) if handoff.in_line else 0
-        return {name for name, load in self._decodes.items() if name != handoff.peer and load.free_pages >= pages}
+        others = set(self._decodes) - {handoff.peer}
+        return {name for name in others if self._room(name) >= self._reserved(going)} if handoff.in_line else others
+
+    def _room(self, peer: Incarnation) -> int:
+        """Free pages for one offer more, by its last beat and by what of ours already waits for pages there."""
+        waiting = [self._by_number[number] for number in self._uncounted.get(peer, ()) if self._ungranted(number)]
+        return self._decodes[peer].free_pages - sum(map(self._reserved, waiting))
+
+    def _reserved(self, going: Going) -> int:
+        """Pages that a decode grants."""
+        return len(self._needed(going)) + self._growth_pages
 
     def _needed(self, going: Going) -> range:
         return range(-(-going.length // self._page_tokens))

@@ -53,7 +53,7 @@ class PrefillWorker(Worker[Action]):
         page_tokens = room.layout.page_tokens
         self._core = PrefillCore(
             self.gateways.outbox,
-            Handoffs(page_tokens, holders=Holders() if settings.prefix_reuse else None),
+            Handoffs(page_tokens, holders=Holders() if settings.prefix_reuse else None, growth_pages=settings.growth_pages),
             fingerprint=identity.fingerprint,
             page_tokens=page_tokens,
             max_request_tokens=identity.max_request_pages * page_tokens,

@@ -59,9 +59,10 @@ class Gateways:
         return set(self._liveness.alive)
 
     def works_for(self, job: Job) -> bool:
-        """Meet the gateway of a claimed job; False if it has fallen silent and left the job behind. Its backlog would be computed before
-        what others wait for; one that was only stopped puts again what is gone (rule 4)."""
-        if job.gateway in self._lost:
+        """Meet the gateway of a claimed job; False if it has fallen silent and left the job behind while others live, before whose jobs its
+        backlog would be computed. One that was only stopped puts again what is gone (rule 4). If nobody is heard, it is this worker that
+        was cut off."""
+        if job.gateway in self._lost and self._liveness.alive:
             return False
         self.meet(job.gateway, job.tokens_address)
         return True

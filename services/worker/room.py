@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 from collections.abc import Callable
@@ -189,15 +188,22 @@ def _weights(where: Path, settings: WorkerSettings, ranks: Ranks) -> tuple[Facts
 
 def _placed(where: Path, settings: WorkerSettings) -> tuple[LoadedModel, Callable[[Pool], Forward]]:
     """Mere tensors where the native kernels run the model, a module of transformers everywhere else."""
-    if settings.device == "cpu" and settings.kernels != "torch":
-        plain = tensors.read(where, settings.dtype, settings.page_tokens)
-        with contextlib.suppress(Unavailable):  # the other way says why
-            if plain is not None:
-                return plain, place_native(plain, settings.kernels_folder)
+    native = _placed_natively(where, settings) if settings.device == "cpu" and settings.kernels != "torch" else None
+    if native is not None:
+        return native
     from services.engine.loading import load  # takes seconds
 
     loaded = load(where, settings.device, settings.dtype, settings.page_tokens)
     return loaded, place(loaded, settings.kernels, settings.kernels_folder, settings.max_batch)
+
+
+def _placed_natively(where: Path, settings: WorkerSettings) -> tuple[LoadedModel, Callable[[Pool], Forward]] | None:
+    """None: the other way says why."""
+    plain = tensors.read(where, settings.dtype, settings.page_tokens)
+    try:
+        return None if plain is None else (plain, place_native(plain, settings.kernels_folder))
+    except Unavailable:
+        return None
 
 
 def allocate(facts: Facts, settings: WorkerSettings, needed: int, ranks: Ranks) -> tuple[Pool, Memory]:

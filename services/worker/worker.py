@@ -337,8 +337,8 @@ class Worker(ABC, Generic[A]):
 
     async def _beat_forever(self) -> None:
         while True:
+            self._watch_engine(time.monotonic())  # first: a beat would take the suspicion of what it hangs on back
             self._beat()
-            self._watch_engine(time.monotonic())
             self.gateways.reap()
             self.do(self.tick(time.monotonic()))
             await asyncio.sleep(BEAT_S)

@@ -62,3 +62,25 @@ def test_it_ends_after_three_deaths_though_it_is_claimed_by_those_whom_no_gatewa
     assert httpx.post(f"{cluster.urls[0]}/v1/completions", json=healthy, timeout=DEADLINE_S).status_code in (200, 503)
     cluster.wait_ready()
     assert_conserved(cluster)
+
+
+def test_a_worker_that_hangs_ends_by_itself_and_its_request_goes_on(launch: Callable[..., Cluster]) -> None:
+    """It was taken for dead after a quarter of a minute, heard again, trusted again, and kept what came for ever."""
+    cluster = launch(prefill=1, decode=1, role_flags={"prefill": {"die": f"hang:{POISON}"}})
+    child = cluster.children["prefill-0"]
+    asked = {"model": MODEL, "prompt": [POISON, 300, 301], "max_tokens": 4, "deadline": DEADLINE_S}
+    replies: list[httpx.Response] = []
+    url = f"{cluster.urls[0]}/v1/completions"
+    client = threading.Thread(target=lambda: replies.append(httpx.post(url, json=asked, timeout=DEADLINE_S)))
+    client.start()
+    give_up = time.monotonic() + 60
+    while child.alive:
+        assert time.monotonic() < give_up, "it beats on"
+        time.sleep(0.1)
+    assert child.process is not None and child.process.returncode == 1
+    assert "the engine hangs" in child.log.read_text()
+    child.flags.pop("die")
+    cluster.restart(child.name, wait=False)
+    client.join(DEADLINE_S)
+    assert [reply.status_code for reply in replies] == [200]
+    assert_conserved(cluster)

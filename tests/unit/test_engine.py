@@ -243,6 +243,18 @@ def test_a_device_that_fails_whatever_it_is_given_ends_the_engine(where: str) ->
     assert isinstance(rig.engine.error, EngineError) and "illegal memory access" in str(rig.engine.error)
 
 
+def test_a_request_that_fails_again_and_again_ends_no_engine() -> None:
+    """On a quiet fleet its next attempt comes to the same worker: its own fault, and its gateway counts."""
+    with running() as rig:
+        for attempt in range(1, 4):
+            rig.device.collect_faults.append(RuntimeError("out of memory"))
+            rig.submit(Sequence(Key("a", 0, attempt, "x"), [1] * 4, 4, Sampling(), 1))
+            rig.listener.until(rig.listener.ended(attempt))
+        rig.submit(sequence("b", most=1))
+        rig.listener.until(rig.listener.ended(4))
+    assert rig.engine.error is None
+
+
 def test_what_was_launched_ahead_of_the_news_of_a_failure_belongs_to_it() -> None:
     with running(depth=2) as rig:
         rig.device.gate.clear()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
+
+from msgspec.structs import replace
 
 from common.errors import EngineError
 from common.messages import Choice, Job, Lost, Sampling
@@ -25,7 +28,11 @@ class Hanging(Idle):
 class Broken(Idle):
     """Nothing that it is given can be computed."""
 
+    def __init__(self, failing: Callable[[], object]) -> None:
+        self._failing = failing
+
     def collect(self, ticket: Plan) -> StepOutput:
+        self._failing()
         raise RuntimeError("an illegal memory access was encountered")
 
 
@@ -56,12 +63,19 @@ def test_a_worker_whose_engine_hangs_ends_without_a_drain() -> None:
 
 
 def test_a_worker_that_can_compute_nothing_ends_and_says_of_what() -> None:
-    def begun(worker: Any) -> None:
-        claim(worker)
-        again = Job("s", "g", "tcp://127.0.0.1:1", [1, 2, 3], [Choice(0, 1)], Sampling(), 12, deadline_s=60.0)
-        worker._loop.call_later(0.3, lambda: worker.do(worker.runs.claimed(Entry("interactive", "2-0"), again, 0.0)))
+    again = replace(JOB, request_id="s")
+    began: list[Any] = []
 
-    worker, service = serve(begun, runner=Broken(), stop=lambda service: service.fail(TimeoutError("it serves on")), after_s=6.0)
+    def next_one() -> None:
+        if began:
+            worker = began.pop()
+            worker._loop.call_soon_threadsafe(lambda: worker.do(worker.runs.claimed(Entry("interactive", "2-0"), again, 0.0)))
+
+    def begun(worker: Any) -> None:
+        began.append(worker)
+        claim(worker)
+
+    worker, service = serve(begun, runner=Broken(next_one), stop=lambda service: service.fail(TimeoutError("it serves on")), after_s=6.0)
     assert isinstance(service.error, EngineError), service.error
     assert {(word.key.request_id, word.reason) for word in last_words(worker)} == {("r", "failed"), ("s", "failed")}
 

@@ -106,8 +106,8 @@ def test_cores_that_others_took_are_missing_in_the_simulator_too(tmp_path: Path)
     (whole,), _ = compared(machine(), read(path), 0.9)
     for trial in found["trials"]:
         trial["cpu_cores"] = {"colocated": 1.5, "gateway": 0.1, "machine": 2.1}
-    for words, share in (("2 cores, x86_64", 0.3), ("3 cores, x86_64", 0.0)):
-        found["machine"] = words
+    for cores, share in ((2, 0.3), (3, 0.0), (None, 0.0)):
+        found["cores"] = cores
         path.write_text(json.dumps(found))
         (one,), _ = compared(machine(), read(path), 0.9)
         assert one.taken == pytest.approx(share)

@@ -64,7 +64,7 @@ class Claimant(Worker):
         self._claiming = False
         if self.draining:
             return
-        if claimed.job.gateway in self.lost:
+        if claimed.job.gateway in self.lost and self.gateways.alive:
             self.do([Acknowledge(claimed.entry)])
             return
         self.meet(claimed.job.gateway)
@@ -134,7 +134,7 @@ class Prefill(Claimant):
     def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
         super().__init__(world, name, pages, depth)
         self.core: PrefillCore = PrefillCore(
-            self.outbox, Handoffs(PAGE_TOKENS, world.rng, holders=Holders() if world.reuse else None),
+            self.outbox, Handoffs(PAGE_TOKENS, world.rng, holders=Holders() if world.reuse else None, growth_pages=1),
             fingerprint=FINGERPRINT, page_tokens=PAGE_TOKENS, max_request_tokens=world.max_request_tokens,
             short_tokens=world.short_tokens,
         )  # fmt: skip

@@ -253,7 +253,7 @@ def test_every_request_is_repeated_until_it_is_answered() -> None:
 def test_an_offer_in_line_moves_to_a_decode_with_room_and_to_no_other() -> None:
     """A long prompt went from the head of one full line to the end of the other every five seconds, and smaller ones took the pages that
     had been saved for it."""
-    ways = Handoffs(4, random.Random(1))
+    ways = Handoffs(4, random.Random(1), growth_pages=2)
     for peer in ("d", "e"):
         ways.beat(peer, Load(3, 5), 0.0)
     (offered,) = ways.begin(KEY, job(), 40, [], tuple(range(10)), 0.0)
@@ -261,9 +261,23 @@ def test_an_offer_in_line_moves_to_a_decode_with_room_and_to_no_other() -> None:
     first, other = offered.to, {"d": "e", "e": "d"}[offered.to]
     ways.letter(first, Waiting(1), 0.1)
     assert [type(body) for body in said(ways.tick(handoffs.OFFER_S + 1))] == [Offer], "repeated where it stands"
-    ways.beat(other, Load(3, 10), handoffs.OFFER_S + 2)
-    moved = ways.tick(handoffs.OFFER_S + 2)
+    ways.beat(other, Load(3, 11), handoffs.OFFER_S + 1.1)
+    assert ways.tick(handoffs.OFFER_S + 1.2) == [], "a grant has room to grow"
+    ways.beat(other, Load(3, 12), handoffs.OFFER_S + 1.3)
+    moved = ways.tick(handoffs.OFFER_S + 1.4)
     assert [(action.to, type(action.body)) for action in moved if isinstance(action, moves.Send)] == [(first, Withdraw), (other, Offer)]
+
+
+def test_no_more_offers_move_than_there_is_room_for() -> None:
+    ways = Handoffs(4, random.Random(1))
+    ways.beat("d", Load(3, 0), 0.0)
+    for number in range(3):
+        (offered,) = ways.begin(Key(f"r{number}", 0, 1, "e"), job(), 32, [], tuple(range(8)), 0.0)
+        assert isinstance(offered, moves.Send) and isinstance(offered.body, Offer)
+        ways.letter("d", Waiting(offered.body.handoff), 0.1)
+    ways.beat("e", Load(3, 17), handoffs.OFFER_S)
+    moved = [action for action in ways.tick(handoffs.OFFER_S + 1) if isinstance(action, moves.Send) and action.to == "e"]
+    assert [type(action.body) for action in moved] == [Offer, Offer]
 
 
 def test_an_offer_that_nobody_has_answered_moves_to_any_other_decode() -> None:
