@@ -62,7 +62,7 @@ class Gateways:
         """Meet the gateway of a claimed job; False if it has fallen silent and left the job behind while others live, before whose jobs its
         backlog would be computed. One that was only stopped puts again what is gone (rule 4). If nobody is heard, it is this worker that
         was cut off."""
-        if job.gateway in self._lost and self._liveness.alive:
+        if job.gateway in self._lost and self._liveness.alive - self._lost.keys():
             return False
         self.meet(job.gateway, job.tokens_address)
         return True

@@ -51,12 +51,14 @@ def test_what_a_lost_gateway_has_left_in_the_queue_is_not_computed() -> None:
 
     def act(worker: Any) -> None:
         gateways = worker.gateways
-        gateways.meet("g", "tcp://127.0.0.1:1")
-        gateways._liveness._pulses["g"].heard_at -= DEAD_S + 1
-        assert gateways.reap() == ["g"]
-        worker._claimed([claimed("0")])
+        for name in ("g", "i"):
+            gateways.meet(name, "tcp://127.0.0.1:1")
+            gateways._liveness._pulses[name].heard_at -= DEAD_S + 1
+        assert gateways.reap() == ["g", "i"]
+        worker._claimed([claimed("0"), claimed("0", "i")])
         begun.append(len(worker.runs))
-        gateways._liveness._pulses["g"].heard_at -= DEAD_S + 1  # the job has made it look alive
+        for name in ("g", "i"):
+            gateways._liveness._pulses[name].heard_at -= DEAD_S + 1  # the jobs have made them look alive
         gateways.reap()
         gateways.meet("h", "tcp://127.0.0.1:2")
         worker._claimed([claimed("1"), claimed("2")])
@@ -68,4 +70,4 @@ def test_what_a_lost_gateway_has_left_in_the_queue_is_not_computed() -> None:
         begun.append(len(worker.runs))
 
     serve(act)
-    assert acknowledged[-2:] == ["1-0", "2-0"] and begun == [1, 0, 1], "one that is heard again is worked for again"
+    assert acknowledged[-2:] == ["1-0", "2-0"] and begun == [2, 0, 1], "one that is heard again is worked for again"

@@ -64,7 +64,7 @@ class Claimant(Worker):
         self._claiming = False
         if self.draining:
             return
-        if claimed.job.gateway in self.lost and self.gateways.alive:
+        if claimed.job.gateway in self.lost and self.gateways.alive - self.lost:
             self.do([Acknowledge(claimed.entry)])
             return
         self.meet(claimed.job.gateway)
