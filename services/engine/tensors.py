@@ -1,7 +1,7 @@
 """A model of the Llama family as mere tensors, which is all that the native kernels want of it.
 
-A worker that needs no module need not import transformers either: on a slow CPU that took longer than the rest of its start together, and
-a replacement for a dead worker starts from nothing. Whatever is not plain here is left to transformers (services/engine/loading.py).
+A worker that needs no module need not import transformers either: that took two fifths of its start, and a replacement for a dead worker
+starts from nothing (docs/notes.md, "What a start costs"). Whatever is not plain here is left to transformers (services/engine/loading.py).
 """
 
 from __future__ import annotations

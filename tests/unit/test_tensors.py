@@ -147,7 +147,7 @@ def test_windows_are_refused_as_by_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(build.compiler() is None, reason="no compiler")
 def test_a_worker_that_needs_no_module_imports_no_transformers(smollm2: Path) -> None:
-    """They took longer than the rest of its start."""
+    """They took two fifths of its start."""
     script = """
 import sys
 from pathlib import Path
