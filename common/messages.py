@@ -326,6 +326,8 @@ class Offer(Struct, frozen=True, tag=True):
     hashes: list[bytes]
     """Chain hashes of the full pages, in order, 16 bytes each: what the decode holds of them need not be sent."""
     deadline_s: float
+    breaks: list[int] | None = None
+    """Indices of pages that do not lie behind the page before them here; None: no two can travel together."""
 
 
 class Pushed(Struct, frozen=True, tag=True):
@@ -369,6 +371,8 @@ class Granted(Struct, frozen=True, tag=True):
     """Numbered per decode incarnation, never reused: with page index and sending rank it makes the UCX tag."""
     pages: list[int]
     ranks: list[GrantedRank]
+    starts: list[int] = []
+    """Indices at which a message begins, which takes the pages up to the next (services/transfer/runs.py); none: each page is one."""
 
 
 class Refused(Struct, frozen=True, tag=True):

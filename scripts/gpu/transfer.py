@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from services.transfer.bench import MEMCPY_BYTES, MIB, Work, measure
+from services.transfer.runs import RUN_BYTES, most_pages
 
 REPEATS = 7
 WORKS = {
@@ -14,6 +15,7 @@ WORKS = {
     "16 x 64 MiB": Work(16, 64 * MIB, REPEATS),
     "32 pages of 2 MiB": Work(32, 2 * MIB, REPEATS),
     "2048 tokens, 128 pages of 2 MiB": Work(128, 2 * MIB, REPEATS),
+    "2048 tokens, the same in runs": Work(128, 2 * MIB, REPEATS, most_pages(2 * MIB, RUN_BYTES["cuda"])),
 }
 
 

@@ -17,6 +17,7 @@ from services.engine.pages import HASH_BYTES
 from services.engine.plan import Handoff
 from services.engine.sequence import Sequence
 from services.transfer.protocol import Arrived, NotPosted, Posted
+from services.transfer.runs import message_starts
 from services.worker.jobs import leader, sequence_of, unfit
 
 LAND_S = 10.0
@@ -64,6 +65,7 @@ class Expect:
     grant: int
     pages: tuple[int, ...]
     indices: tuple[int, ...]
+    starts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,8 @@ class Arrival:
     """Indices of the pages that have to come."""
     pages: tuple[int, ...] = ()
     """All that are needed, as `Granted` names them: -1 for what the pool holds already."""
+    starts: tuple[int, ...] = ()
+    """Where a message begins."""
     granted: Granted | None = None
     word: Pushed | None = None
     word_at: float = 0.0
@@ -133,9 +137,11 @@ class Arrival:
 class Inbound:
     """All handoffs offered to one decode, by (prefill, number)."""
 
-    def __init__(self, page_tokens: int, max_request_tokens: int) -> None:
+    def __init__(self, page_tokens: int, max_request_tokens: int, *, run_pages: int = 1) -> None:
+        """`run_pages`: so many neighbours at most travel as one message."""
         self._page_tokens = page_tokens
         self._max_request_tokens = max_request_tokens
+        self._run_pages = run_pages
         self._arrivals: dict[Handoff, Arrival] = {}
         self._by_grant: dict[int, Handoff] = {}
         self._links: dict[Incarnation, int] = {}
@@ -212,8 +218,10 @@ class Inbound:
         arrival.stage, arrival.grant = Stage.GRANTED, self._last_grant
         arrival.missing = tuple(range(shared, needed))
         arrival.pages = (*[-1] * shared, *pages[shared:needed])
+        if arrival.offer.breaks is not None:
+            arrival.starts = message_starts(shared, pages[shared:needed], set(arrival.offer.breaks), self._run_pages)
         self._by_grant[arrival.grant] = handoff
-        return [Expect(handoff, arrival.grant, pages[shared:needed], arrival.missing)]
+        return [Expect(handoff, arrival.grant, pages[shared:needed], arrival.missing, arrival.starts)]
 
     def posted(self, event: Posted) -> list[Action]:
         """Receives are posted: prefill may push."""
@@ -221,7 +229,7 @@ class Inbound:
         if handoff is None or self._arrivals[handoff].stage is not Stage.GRANTED:
             return []
         arrival = self._arrivals[handoff]
-        arrival.granted = Granted(handoff[1], arrival.grant, list(arrival.pages), list(event.ranks))
+        arrival.granted = Granted(handoff[1], arrival.grant, list(arrival.pages), list(event.ranks), list(arrival.starts))
         return [Send(handoff[0], arrival.granted)]
 
     def not_posted(self, event: NotPosted) -> list[Action]:

@@ -30,6 +30,7 @@ from services.decode.inbound import Abandon, ClosePeer, Commit, Expect, Inbound,
 from services.engine.plan import Drawn, Outcome
 from services.transfer.parts import covers
 from services.transfer.protocol import Arrived, Landed, NotPosted, Posted, TransferEvent
+from services.transfer.runs import RUN_BYTES, most_pages
 from services.worker.figures import transfer_figures
 from services.worker.orders import Heard
 from services.worker.room import Room
@@ -46,7 +47,12 @@ class DecodeWorker(Worker[Action]):
     def __init__(self, room: Room, settings: WorkerSettings, service: Service, redis: Redis, identity: Identity) -> None:
         super().__init__(room, settings, service, redis, identity)
         most = identity.max_request_pages * room.layout.page_tokens
-        self._core = DecodeCore(self.gateways.outbox, Inbound(room.layout.page_tokens, most), max_request_tokens=most)
+        run_pages = most_pages(room.layout.page_bytes, RUN_BYTES[room.pool.tensor.device.type])
+        self._core = DecodeCore(
+            self.gateways.outbox,
+            Inbound(room.layout.page_tokens, most, run_pages=run_pages),
+            max_request_tokens=most,
+        )
         self._transfer = Transfers(room, settings, self._transferred)
         self._prefills = Liveness()
         self._shards: dict[Incarnation, tuple[Shard, ...]] = {}
@@ -119,9 +125,9 @@ class DecodeWorker(Worker[Action]):
                 self.engine.post(scheduler.lapse, handoff)
             case Land(handoff):
                 self.engine.post(scheduler.landed, handoff)
-            case Expect(handoff, grant, pages, indices):
+            case Expect(handoff, grant, pages, indices, starts):
                 self.death.strike("transfer")
-                self._transfer.expect(handoff[0], grant, pages, indices, self._shards[handoff[0]])
+                self._transfer.expect(handoff[0], grant, pages, indices, self._shards[handoff[0]], starts)
             case Abandon(grant, told):
                 self._transfer.abandon(grant, told=told)
             case ClosePeer(peer):

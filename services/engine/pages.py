@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from services.engine.plan import PoolCounts
+from services.engine.spans import FreePages
 
 HASH_BYTES = 16
 
@@ -40,7 +41,7 @@ class PagePool:
         self.total = total
         self.page_tokens = page_tokens
         self._keep_cached = keep_cached
-        self._free = list(range(total - 1, -1, -1))
+        self._free = FreePages(total)
         self._users = [0] * total
         self._in_transit: set[int] = set()
         self._cached: OrderedDict[int, None] = OrderedDict()
@@ -84,12 +85,14 @@ class PagePool:
     def release(self, pages: Sequence[int]) -> None:
         """One user less; the last one frees the page, or leaves it cached under its hash."""
         # Backwards: the end of a prefix is to be evicted before its beginning, without which it cannot be found.
+        freed = []
         for page in reversed(pages):
             if self._users[page] < 1:
                 raise AssertionError(f"page {page} is released more often than held")
             self._users[page] -= 1
-            if self._users[page] == 0:
-                self._rest(page)
+            if self._users[page] == 0 and not self._stays_cached(page):
+                freed.append(page)
+        self._free.add(freed)
 
     # ------------------------------------------------------------------------------------------------ pages in transit
 
@@ -108,7 +111,7 @@ class PagePool:
     def landed(self, pages: Sequence[int]) -> None:
         """Nothing can write into these any more, and nobody wants them."""
         self._end_transit(pages)
-        self._free.extend(reversed(pages))
+        self._free.add(pages)
 
     # ---------------------------------------------------------------------------------------------------------- hashes
 
@@ -150,21 +153,22 @@ class PagePool:
         self._in_transit.difference_update(pages)
 
     def _take(self, count: int) -> tuple[int, ...] | None:
-        """Pages of no state, the least recently used cached ones last: the caller gives them one at once."""
+        """Pages of no state: the caller gives them one at once. Cached ones go for want of free ones, the least recently used first."""
         if count > self.available:
             return None
-        while len(self._free) < count:
-            page, _ = self._cached.popitem(last=False)
+        evicted = [self._cached.popitem(last=False)[0] for _ in range(count - len(self._free))]
+        for page in evicted:
             self._unseal(page)
-            self._free.append(page)
-        return tuple([self._free.pop() for _ in range(count)])
+        self._free.add(evicted)
+        return self._free.take(count)
 
-    def _rest(self, page: int) -> None:
+    def _stays_cached(self, page: int) -> bool:
+        """Of a page without users: whether it can still be found by its hash."""
         if self._keep_cached and page in self._hash_of:
             self._cached[page] = None
-            return
+            return True
         self._unseal(page)
-        self._free.append(page)
+        return False
 
     def _unseal(self, page: int) -> None:
         digest = self._hash_of.pop(page, None)

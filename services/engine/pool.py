@@ -1,6 +1,6 @@
 """The tensor that holds a worker's KV: one allocation, `[pages, layers, 2, kv_heads, page_tokens, head_dim]`.
 
-All layers of a page are one run of bytes, so a page is one message for the transfer. A layer's view is strided.
+All layers of a page are one run of bytes, so a page, or a run of neighbours, is one message for the transfer. A layer's view is strided.
 """
 
 from __future__ import annotations

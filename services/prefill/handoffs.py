@@ -30,6 +30,7 @@ from services.engine.binding import less_loaded
 from services.prefill.moves import Action, FinishPush, Flush, GivenUp, HandedOver, Push, ResetLink, Send
 from services.prefill.routing import Holders, Load, choose
 from services.transfer.protocol import PushFailed, Sent
+from services.transfer.runs import breaks, can_send, complete
 
 REPEAT_S = 0.5
 """A control request is repeated this often until it is answered."""
@@ -207,8 +208,9 @@ class Handoffs:
             case Granted():
                 if handoff.granted is not None:
                     return []
-                if len(body.pages) != len(self._needed(going)):
-                    return self._again(going, now, f"{len(body.pages)} pages were granted", avoid=True)
+                wanted = [i for i, page in enumerate(body.pages) if page >= 0]
+                if len(body.pages) != len(self._needed(going)) or not can_send(body.starts, wanted, handoff.offer.breaks or ()):
+                    return self._again(going, now, f"{len(body.pages)} pages were granted, from {body.starts} on", avoid=True)
                 handoff.granted = body
                 return self._push(going, now)
             case Refused():
@@ -277,6 +279,9 @@ class Handoffs:
     def _needed(self, going: Going) -> range:
         return range(-(-going.length // self._page_tokens))
 
+    def _sent_from(self, going: Going) -> tuple[int, ...]:
+        return going.pages[: len(self._needed(going))]
+
     def _offer(self, going: Going, now: float, *, anywhere: bool = False) -> list[Action]:
         """Offer it to a decode that has not just failed; to one that has, only at a tick: failures must not chase each other."""
         peer = self._choose(going, anywhere)
@@ -285,7 +290,7 @@ class Handoffs:
         self._last += 1
         spent = now - going.began_at
         job = replace(going.job, age_s=going.job.age_s + spent, deadline_s=going.job.deadline_s - spent)
-        offer = Offer(self._last, going.key, job, going.length, going.hashes, deadline_s=job.deadline_s)
+        offer = Offer(self._last, going.key, job, going.length, going.hashes, job.deadline_s, list(breaks(self._sent_from(going))))
         going.handoff = Handoff(self._last, peer, offer, now, now)
         self._by_number[self._last] = going
         self._uncounted.setdefault(peer, set()).add(self._last)
@@ -316,13 +321,14 @@ class Handoffs:
         handoff = going.handoff
         if handoff is None or handoff.granted is None or handoff.finished:
             return []
-        granted = handoff.granted
-        indices = tuple(i for i in range(handoff.pushed, going.final_pages) if granted.pages[i] >= 0)
-        handoff.pushed = max(handoff.pushed, going.final_pages)
+        granted, starts = handoff.granted, tuple(handoff.granted.starts)
+        ready = going.final_pages if going.first is not None else complete(going.final_pages, starts)
+        indices = tuple(i for i in range(handoff.pushed, ready) if granted.pages[i] >= 0)
+        handoff.pushed = max(handoff.pushed, ready)
         actions: list[Action] = []
         if indices:
             pages = tuple(going.pages[i] for i in indices)
-            actions += [Push(handoff.peer, rank, handoff.number, granted.grant, pages, indices) for rank in granted.ranks]
+            actions += [Push(handoff.peer, rank, handoff.number, granted.grant, pages, indices, starts) for rank in granted.ranks]
         if going.first is not None:
             handoff.finished = True
             actions.append(FinishPush(handoff.number, granted.grant))
@@ -390,7 +396,7 @@ class Handoffs:
         if handoff.word is not None and not indices:
             return []
         # Also with nothing left to flush: the transfer would wait for the end of this push for ever.
-        return [Flush(handoff.peer, rank, handoff.number, granted.grant, indices) for rank in granted.ranks]
+        return [Flush(handoff.peer, rank, handoff.number, granted.grant, indices, tuple(granted.starts)) for rank in granted.ranks]
 
     def _withdrawn(self, peer: Incarnation, body: Withdrawn) -> list[Action]:
         handoff = self._withdrawing.get(body.handoff)

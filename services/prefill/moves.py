@@ -18,7 +18,7 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """Send final pages."""
+    """Send final pages, in messages that begin at `starts`."""
 
     to: Incarnation
     rank: GrantedRank
@@ -26,6 +26,7 @@ class Push:
     grant: int
     pages: tuple[int, ...]
     indices: tuple[int, ...]
+    starts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Flush:
     handoff: int
     grant: int
     indices: tuple[int, ...]
+    starts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,12 +120,12 @@ class PrefillWorker(Worker[Action]):
             case Send(to, body):
                 self._peers.send(to, body)
             case Push():
-                self._transfer.push(action.to, action.rank, action.handoff, action.grant, action.pages, action.indices)
+                self._transfer.push(action.to, action.rank, action.handoff, action.grant, action.pages, action.indices, action.starts)
             case FinishPush(handoff, grant):
                 self._transfer.finish_push(handoff, grant)
                 self.death.strike("transfer")
             case Flush():
-                self._transfer.flush(action.to, action.rank, action.handoff, action.grant, action.indices)
+                self._transfer.flush(action.to, action.rank, action.handoff, action.grant, action.indices, action.starts)
             case ResetLink(peer):
                 self._transfer.close_peer(peer)
                 self._peers.reset_link(peer)

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from common.messages import Shard
+from services.transfer.runs import RUN_BYTES, most_pages
 
 KIB, MIB = 1 << 10, 1 << 20
 PAGE_BYTES = 368_640
@@ -38,20 +39,27 @@ SETTLE_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A transfer of `pages` pages of `page_bytes`, `repeats` times each way of measuring."""
+    """A transfer of `pages` pages of `page_bytes`, `repeats` times each way of measuring; up to `run_pages` of them as one message."""
 
     pages: int
     page_bytes: int
     repeats: int
+    run_pages: int = 1
 
     @property
     def bytes(self) -> int:
         return self.pages * self.page_bytes
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where messages begin: all pages lie together."""
+        return tuple(range(0, self.pages, self.run_pages))
 
-def plan(sizes: tuple[int, ...], page_bytes: int, repeats: int) -> list[Work]:
+
+def plan(sizes: tuple[int, ...], page_bytes: int, repeats: int, run_bytes: int) -> list[Work]:
     """Whole pages nearest to each size; a size below a page is one page of that size. Pages are multiples of 4 bytes."""
-    return [Work(1, size, repeats) if size < page_bytes else Work(round(size / page_bytes), page_bytes, repeats) for size in sizes]
+    sized = ((1, size) if size < page_bytes else (round(size / page_bytes), page_bytes) for size in sizes)
+    return [Work(pages, each, repeats, most_pages(each, run_bytes)) for pages, each in sized]
 
 
 def receive(core: int, works: list[Work], device: str, wire: Connection) -> None:
@@ -65,7 +73,7 @@ def receive(core: int, works: list[Work], device: str, wire: Connection) -> None
             for end in ends:
                 grant += 1
                 order = tuple(range(work.pages))
-                end.transfer.expect("sender", grant, order, order, (SHARD,))
+                end.transfer.expect("sender", grant, order, order, (SHARD,), work.starts)
                 wire.send(end.next()[1].ranks[0])
                 at, arrived = end.next()
                 wire.send((at, arrived.checksums))
@@ -109,7 +117,7 @@ def send(core: int, works: list[Work], device: str, wire: Connection, results: C
                 order = tuple(range(work.pages))
                 time.sleep(SETTLE_S)
                 began = time.monotonic()
-                end.transfer.push("receiver", rank, handoff, handoff, order, order)
+                end.transfer.push("receiver", rank, handoff, handoff, order, order, work.starts)
                 end.transfer.finish_push(handoff, handoff)
                 arrived_at, checksums = wire.recv()
                 sent = end.next()[1]
@@ -214,27 +222,30 @@ def _received(results: Connection) -> Any:
 def main() -> None:
     options = argparse.ArgumentParser(prog="transfer_bench", description="Pages over UCX between two processes, against memcpy.")
     options.add_argument("--page-bytes", type=int, default=PAGE_BYTES, help="bytes of a page [%(default)s, SmolLM2-135M in bf16]")
+    options.add_argument("--run-bytes", type=int, help="most of a message of several pages; 0: each by itself [as in service]")
     options.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="[4 KiB to 256 MiB]")
     options.add_argument("--repeats", type=int, default=15, help="of each measurement [%(default)s]")
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the pages lie [%(default)s]")
     chosen = options.parse_args()
-    found = measure(plan(tuple(chosen.sizes), chosen.page_bytes, chosen.repeats), chosen.device)
+    run_bytes = RUN_BYTES[chosen.device] if chosen.run_bytes is None else chosen.run_bytes
+    found = measure(plan(tuple(chosen.sizes), chosen.page_bytes, chosen.repeats, run_bytes), chosen.device)
     if found.error is not None:
         sys.exit(f"transfer_bench: {found.error}")
     rows = []
-    heads = ("bytes", "pages", "plain GB/s", "of memcpy", "checked GB/s", "of memcpy", "memcpy", "plain µs")
-    print("{:>11} {:>6} {:>11} {:>10} {:>13} {:>10} {:>7} {:>9}".format(*heads))
+    heads = ("bytes", "pages", "messages", "plain GB/s", "of memcpy", "checked GB/s", "of memcpy", "memcpy", "plain µs")
+    print("{:>11} {:>6} {:>8} {:>11} {:>10} {:>13} {:>10} {:>7} {:>9}".format(*heads))
     for work, seconds in found.medians.items():
         memcpy = MEMCPY_BYTES[chosen.device] / seconds["memcpy"] / 1e9
         plain, checked = (work.bytes / seconds[kind] / 1e9 for kind in ("plain", "checked"))
         print(
-            f"{work.bytes:11d} {work.pages:6d} {plain:11.2f} {plain / memcpy:10.2f} {checked:13.2f} {checked / memcpy:10.2f}"
-            f" {memcpy:7.2f} {seconds['plain'] * 1e6:9.0f}"
+            f"{work.bytes:11d} {work.pages:6d} {len(work.starts):8d} {plain:11.2f} {plain / memcpy:10.2f} {checked:13.2f}"
+            f" {checked / memcpy:10.2f} {memcpy:7.2f} {seconds['plain'] * 1e6:9.0f}"
         )
         rows.append(
             {
                 "bytes": work.bytes,
                 "pages": work.pages,
+                "messages": len(work.starts),
                 "plain_gb_s": round(plain, 3),
                 "checked_gb_s": round(checked, 3),
                 "memcpy_gb_s": round(memcpy, 3),
@@ -244,7 +255,8 @@ def main() -> None:
                 "checked_s": seconds["checked"],
             }
         )
-    print(json.dumps({"benchmark": "transfer", "page_bytes": chosen.page_bytes, "transport": found.transport, "rows": rows}))
+    facts = {"page_bytes": chosen.page_bytes, "run_bytes": run_bytes, "transport": found.transport}
+    print(json.dumps({"benchmark": "transfer", **facts, "rows": rows}))
 
 
 if __name__ == "__main__":

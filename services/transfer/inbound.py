@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common.messages import Incarnation
@@ -37,14 +38,15 @@ class Inbound:
         known = self._grants.get(grant)
         return known is not None and known.whole and not known.abandoned
 
-    def completed(self, grant: int, index: int, checksum: int | None, *, whole: bool, source: int = 0) -> list[TransferEvent]:
-        """A receive ended: with all that rank `source` of the peer has of a page, or cancelled, failed or flushed."""
+    def completed(self, grant: int, sums: Mapping[int, int], *, whole: bool, source: int = 0) -> list[TransferEvent]:
+        """A receive ended: with all that rank `source` of the peer has of its pages, or cancelled, failed or flushed. `sums`: checksums by
+        index."""
         known = self._grants.get(grant)
         if known is None:
             return []
         known.open -= 1
         known.whole &= whole
-        if checksum is not None:
+        for index, checksum in sums.items():
             known.sums[source, index] = checksum
         return self._judge(grant)
 

@@ -1,4 +1,4 @@
-"""What one rank pushes, whatever carries it: pages under way by handoff, when all have left, and deadlines. Pure."""
+"""What one rank pushes, whatever carries it: messages under way by handoff, when all have left, and deadlines. Pure."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ class Way:
 
 @dataclass(eq=False)
 class Push:
-    """The pages of one handoff under one grant."""
+    """The messages of one handoff under one grant."""
 
     peer: Incarnation
     handoff: int
     grant: int
     moved_at: float
     under_way: int = 0
+    """Messages."""
     ways: set[Way] = field(default_factory=set)
     """What it was given to. A carrier without any (the twin) is judged by what moves of the push itself."""
     sums: dict[tuple[int, int], int] = field(default_factory=dict)
     """By receiving rank and index."""
     held: set[tuple[int, int]] = field(default_factory=set)
-    """Receiving ranks and indices that an injected fault keeps back; they count as under way, but are on no way."""
+    """Receiving ranks and first indices of messages that an injected fault keeps back; they count as under way, but are on no way."""
     finished: bool = False
     over: bool = False
     """Sent, failed or withdrawn: nothing more is said about it."""
@@ -62,7 +63,7 @@ class Outbound:
         return push
 
     def left(self, push: Push, now: float) -> list[TransferEvent]:
-        """One page has left."""
+        """One message has left."""
         push.under_way -= 1
         push.moved_at = now
         return self._judge(push)

@@ -14,6 +14,11 @@ def common_part(own: Shard, other: Shard) -> Shard | None:
     return Shard(own.rank, layers, heads)
 
 
+def alike(own: Shard, other: Shard) -> bool:
+    """Whether two ranks hold the same part of every page: then a run of pages can go from one to the other as one message."""
+    return (own.layers, own.kv_heads) == (other.layers, other.kv_heads)
+
+
 def covers(layout: Layout, shards: list[Shard]) -> bool:
     """Whether these ranks, numbered in order, hold every head of every layer exactly once."""
     if [shard.rank for shard in shards] != list(range(len(shards))):

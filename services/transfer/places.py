@@ -66,6 +66,13 @@ class Places:
         """Whether this part of a page is one run of bytes: all of this rank's heads. Others are gathered and scattered by a copy."""
         return part.kv_heads == self._shard.kv_heads
 
+    def run(self, pages: Sequence[int]) -> Any:
+        """The memory of whole pages that lie together. Raises ValueError if they do not."""
+        first, end = pages[0], pages[0] + len(pages)
+        if list(pages) != list(range(first, end)):
+            raise ValueError(f"pages {list(pages)} do not lie together")
+        return self._rows[first:end].reshape(-1)
+
     def content(self, page: int, part: Shard) -> Any:
         """This part of the page: its memory itself where it lies whole, otherwise a copy in the order layers, keys and values, heads."""
         if self.lies_whole(part):
@@ -94,14 +101,15 @@ class Places:
         if self._stream is None or not self.lies_whole(part) or len(pages) == 1:
             return [self.checksum(page, index, part) for page, index in zip(pages, indices, strict=True)]
         with self._own_stream():
-            rows = torch.stack([self.content(page, part) for page in pages])
+            together = self.size(part) == self.page_bytes and list(pages) == list(range(pages[0], pages[0] + len(pages)))
+            rows = self._rows[pages[0] : pages[0] + len(pages)] if together else torch.stack([self.content(page, part) for page in pages])
             return keyed_sums(rows, [keyed(part, index) for index in indices])
 
-    def spoiled(self, page: int, part: Shard) -> Any:
-        """A copy with one bit changed, for injected faults."""
+    def spoiled(self, content: Any, at: int = 0) -> Any:
+        """A copy of this with one bit of byte `at` changed, for injected faults."""
         with self._own_stream():
-            copy = torch.as_tensor(self.content(page, part)).clone()
-            copy[0] ^= 1
+            copy = torch.as_tensor(content).clone()
+            copy[at] ^= 1
             self._complete()
         return copy.numpy() if self._device.type == "cpu" else copy
 

@@ -1,7 +1,8 @@
 """The contract of moving pages between two workers, whatever carries them (UCX, or the in-process twin).
 
-Only the receiver writes its pages. Prefill pushes page by page, while later chunks still compute; decode has posted a receive for every
-granted page, from each rank of the prefill that holds some of it. A tag names (grant, page, sending rank) and is never used twice.
+Only the receiver writes its pages. Prefill pushes what is final, while later chunks still compute; decode has posted a receive for every
+granted page, or run of neighbouring pages (services/transfer/runs.py), from each rank of the prefill that holds some of it. A tag names
+(grant, first page, sending rank) and is never used twice.
 Everything here may be called from any thread and never blocks; results arrive as events through the callback given at construction,
 which is called on the transfer's own thread and must only pass them on.
 """
@@ -19,8 +20,8 @@ PAGE_BITS, RANK_BITS = 20, 8
 
 
 def tag(grant: int, page: int, rank: int) -> int:
-    """The 64-bit UCX tag of one page: grant (36 bits), index of the page in the sequence (20), sending rank (8). The receiving rank
-    needs none: each has an address of its own."""
+    """The 64-bit UCX tag of one message: grant (36 bits), index of its first page in the sequence (20), sending rank (8). The receiving
+    rank needs none: each has an address of its own."""
     if not (0 <= grant < 1 << 36 and 0 <= page < 1 << PAGE_BITS and 0 <= rank < 1 << RANK_BITS):
         raise ValueError(f"no tag for grant {grant}, page {page}, rank {rank}")
     return (grant << (PAGE_BITS + RANK_BITS)) | (page << RANK_BITS) | rank
@@ -98,10 +99,19 @@ class Transfer(Protocol):
 
     # -- decode's side
 
-    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
+    def expect(
+        self,
+        peer: Incarnation,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        sources: tuple[Shard, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
         """Post receives: page `pages[i]` takes the sequence's page `indices[i]`, from each of the peer's ranks (`sources`) what both hold
-        of it. `Posted` says where this rank wants them sent, or `NotPosted` that it can take none now. Ends in `Arrived`, or, after
-        `abandon` or `close_peer`, in `Landed`."""
+        of it. From a rank that holds the same part, a message begins at each index of `starts` and takes the pages up to the next, which
+        lie together; without `starts`, and from other ranks, each page is a message. `Posted` says where this rank wants them sent, or
+        `NotPosted` that it can take none now. Ends in `Arrived`, or, after `abandon` or `close_peer`, in `Landed`."""
 
     def abandon(self, grant: int, *, told: bool) -> None:
         """Give the grant up. `Landed` follows once every receive has completed (the sender flushes what it never pushed) or the peer is
@@ -109,16 +119,33 @@ class Transfer(Protocol):
 
     # -- prefill's side
 
-    def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
-        """Send what this rank and that one hold of pages that are final. May be called several times for a grant while later chunks
-        compute; pages must stay unchanged until the handoff is over."""
+    def push(
+        self,
+        peer: Incarnation,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
+        """Send what this rank and that one hold of pages that are final: whole messages, which begin where the receiver's do. May be
+        called several times for a grant while later chunks compute; pages must stay unchanged until the handoff is over."""
 
     def finish_push(self, handoff: int, grant: int) -> None:
         """No more pages for this grant: `Sent` follows when all have left, which takes as long as what is in front of them, or
         `PushFailed`, within PUSH_S (services/transfer/outbound.py) of the last thing that moved on their way. Nobody else has to watch
         over it."""
 
-    def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
+    def flush(
+        self,
+        peer: Incarnation,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        indices: tuple[int, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
         """Withdraw: complete the receives of pages that were never pushed with one-byte messages. No event follows."""
 
     # -- both

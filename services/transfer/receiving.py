@@ -18,8 +18,10 @@ from common.logs import get_logger
 from common.messages import GrantedRank, Shard
 from services.transfer import environment
 from services.transfer.inbound import Inbound
+from services.transfer.parts import alike
 from services.transfer.places import Places
 from services.transfer.protocol import TransferEvent, tag
+from services.transfer.runs import messages
 
 environment.prepare()
 
@@ -42,10 +44,11 @@ class Received:
 
 @dataclass(slots=True)
 class _Receive:
-    """What one rank of the peer has of a page, on its way; through `scratch` where it does not lie whole in ours."""
+    """What one rank of the peer has of a page, or of several that lie together, on its way; through `scratch` where it does not lie whole
+    in ours."""
 
-    index: int
-    page: int
+    indices: tuple[int, ...]
+    pages: tuple[int, ...]
     source: int
     part: Shard
     scratch: Any
@@ -78,25 +81,32 @@ class Receiver:
         self._posted: dict[int, deque[_Receive]] = {}
         self.rank = GrantedRank(places.shard, bytes(memoryview(address)))
 
-    def expect(self, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> int:
-        """Post a receive for every page and every source that has some of it; returns how many. The requests hold their arrays."""
-        posted = self._posted[grant] = deque()
-        parts = [(source.rank, part) for source in sources if (part := self._places.part(source)) is not None]
-        for page, index in zip(pages, indices, strict=True):
-            for source, part in parts:
-                number = ucx.UCXXTag(tag(grant, index, source))
-                whole = self._places.lies_whole(part)
-                scratch = None if whole else self._places.scratch(self._places.size(part))
-                memory = self._places.content(page, part) if whole else scratch
-                posted.append(_Receive(index, page, source, part, scratch, self._door.tag_recv(Array(memory), number)))
-        return len(posted)
+    def expect(
+        self, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...], starts: tuple[int, ...]
+    ) -> int:
+        """Post a receive for every message of every source; returns how many. The requests hold their arrays."""
+        found: list[tuple[int, int, _Receive]] = []
+        for source in sources:
+            part = self._places.part(source)
+            cuts = messages(indices, starts if alike(self._places.shard, source) else ())
+            found += [(cut.start, source.rank, self._post(grant, pages[cut], indices[cut], source.rank, part)) for cut in cuts if part]
+        self._posted[grant] = deque(receive for _, _, receive in sorted(found, key=lambda one: one[:2]))
+        return len(found)
+
+    def _post(self, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], source: int, part: Shard) -> _Receive:
+        number = ucx.UCXXTag(tag(grant, indices[0], source))
+        scratch = None if self._places.lies_whole(part) else self._places.scratch(self._places.size(part))
+        memory = scratch
+        if memory is None:
+            memory = self._places.run(pages) if len(pages) > 1 else self._places.content(pages[0], part)
+        return _Receive(indices, pages, source, part, scratch, self._door.tag_recv(Array(memory), number))
 
     def forget(self, grant: int) -> None:
         """Nobody was told of the grant: its receives go (a dropped request is cancelled)."""
         self._posted.pop(grant, None)
 
     def work(self) -> bool:
-        """One step of UCX, then what has completed: page by page, checksummed while still in the cache. Whether anything moved."""
+        """One step of UCX, then what has completed, checksummed while still in the cache. Whether anything moved."""
         moved = self.worker.progress_once()
         if self._closed is not None:
             self.worker.progress()  # more than a step: cancels what closing the door has only scheduled
@@ -127,7 +137,7 @@ class Receiver:
         os.close(self.worker.epoll_file_descriptor)
         for grant, posted in self._posted.items():
             for receive in posted:
-                self._emit(self._book.completed(grant, receive.index, None, whole=False, source=receive.source))
+                self._emit(self._book.completed(grant, {}, whole=False, source=receive.source))
         self._posted.clear()
 
     @property
@@ -148,7 +158,11 @@ class Receiver:
     def _completed(self, posted: deque[_Receive]) -> list[_Receive]:
         """The next that have completed, of one source: as many as are summed at once."""
         found = [posted.popleft()]
-        while len(found) < self._places.at_once and posted and posted[0].request.completed and posted[0].part == found[0].part:
+        pages = len(found[0].pages)
+        while posted and posted[0].request.completed and posted[0].part == found[0].part:
+            pages += len(posted[0].pages)
+            if pages > self._places.at_once:
+                break
             found.append(posted.popleft())
         return found
 
@@ -156,17 +170,19 @@ class Receiver:
         wanted = self._book.wanted(grant)
         whole = [receive for receive in receives if receive.request.status == 0] if wanted else []
         for receive in whole:
-            self._received.pages += 1
-            self._received.bytes += self._places.size(receive.part)
+            self._received.pages += len(receive.pages)
+            self._received.bytes += self._places.size(receive.part) * len(receive.pages)
             if receive.scratch is not None:
-                self._places.fill(receive.page, receive.part, receive.scratch)
+                self._places.fill(receive.pages[0], receive.part, receive.scratch)
         sums: dict[int, int] = {}
         if whole and self._checksums:
-            indices = [receive.index for receive in whole]
-            sums = dict(zip(indices, self._places.checksums([receive.page for receive in whole], indices, whole[0].part), strict=True))
+            indices = [index for receive in whole for index in receive.indices]
+            pages = [page for receive in whole for page in receive.pages]
+            sums = dict(zip(indices, self._places.checksums(pages, indices, whole[0].part), strict=True))
         for receive in receives:
             status = receive.request.status
             if wanted and status != 0:
                 self._received.failures += 1
-                log.warning("a page did not arrive", grant=grant, page=receive.index, status=status)
-            self._emit(self._book.completed(grant, receive.index, sums.get(receive.index), whole=status == 0, source=receive.source))
+                log.warning("pages did not arrive", grant=grant, pages=receive.indices, status=status)
+            own = {index: sums[index] for index in receive.indices if index in sums}
+            self._emit(self._book.completed(grant, own, whole=status == 0, source=receive.source))

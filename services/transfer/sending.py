@@ -1,4 +1,4 @@
-"""The sending half over UCX: one worker, an endpoint to each address of a peer, pages posted a few at a time."""
+"""The sending half over UCX: one worker, an endpoint to each address of a peer, messages posted a few at a time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import numpy as np
 from common.logs import get_logger
 from common.messages import GrantedRank, Incarnation, Shard
 from services.transfer import environment
-from services.transfer.faults import Fault
+from services.transfer.faults import Fault, Kind
 from services.transfer.outbound import Outbound, Push, Way
+from services.transfer.parts import alike
 from services.transfer.places import Places
 from services.transfer.protocol import TransferEvent, tag
 from services.transfer.report import carriers, endpoint_report, way
+from services.transfer.runs import messages
 
 environment.prepare()
 
@@ -27,7 +29,7 @@ from ucxx._lib.arr import Array  # noqa: E402
 log = get_logger(__name__)
 
 BURST = 4
-"""Pages posted between two steps of UCX, so that a long push does not keep completions waiting."""
+"""Messages posted between two steps of UCX, so that a long push does not keep completions waiting."""
 WINDOW = 64
 """Messages under way on one channel. More than a shared-memory FIFO holds (256) would wait inside UCX, and if the peer dies then, those
 in front of them never complete (seen with UCX 1.21)."""
@@ -35,11 +37,11 @@ in front of them never complete (seen with UCX 1.21)."""
 
 @dataclass(frozen=True, slots=True)
 class _Message:
-    """A page of a push, or, without one, an empty message."""
+    """Pages of a push that lie together, or, without one, an empty message."""
 
     push: Push | None
-    page: int
-    index: int
+    pages: tuple[int, ...]
+    indices: tuple[int, ...]
     tag: int
     to: int
     """The receiving rank."""
@@ -53,6 +55,7 @@ class _Sent:
     push: Push | None
     request: Any
     content: Array
+    pages: int
     size: int
 
 
@@ -116,34 +119,52 @@ class Sender:
 
     # ------------------------------------------------------------------------------------------------------- commands
 
-    def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+    def push(
+        self,
+        peer: Incarnation,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        starts: tuple[int, ...],
+    ) -> None:
         push = self._book.push(peer, handoff, grant, time.monotonic())
         channel = None if push.over else self._channel(peer, to)
         part = self._places.part(to.shard)
         if channel is None or part is None:
             self._emit(self._book.fail(push, "no way to the peer"))
             return
+        cuts = messages(indices, starts if alike(self._places.shard, to.shard) else ())
         channel.pushes.add(push)
         push.ways.add(channel.way)
-        push.under_way += len(pages)
+        push.under_way += len(cuts)
         channel.wait(
-            _Message(push, page, index, tag(grant, index, self._places.rank), to.shard.rank, part)
-            for page, index in zip(pages, indices, strict=True)
+            _Message(push, pages[cut], indices[cut], tag(grant, indices[cut.start], self._places.rank), to.shard.rank, part) for cut in cuts
         )
 
     def finish(self, handoff: int, grant: int) -> None:
         self._emit(self._book.finish(handoff, grant, time.monotonic()))
 
-    def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
+    def flush(
+        self,
+        peer: Incarnation,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        indices: tuple[int, ...],
+        starts: tuple[int, ...],
+    ) -> None:
         """One byte for each receive that would otherwise wait for ever: never pushed, not posted yet, or held back by a fault."""
         channel = self._channel(peer, to)
         held = self._book.withdraw(handoff, grant, to.shard.rank)
         if channel is None:
             return
-        unsent = {waits.index for waits in channel.waiting if waits.push and (waits.push.handoff, waits.push.grant) == (handoff, grant)}
+        never = {indices[cut.start] for cut in messages(indices, starts if alike(self._places.shard, to.shard) else ())}
+        waiting = [waits for waits in channel.waiting if waits.push and (waits.push.handoff, waits.push.grant) == (handoff, grant)]
         channel.wait(
-            _Message(None, -1, index, tag(grant, index, self._places.rank), to.shard.rank, None)
-            for index in sorted({*indices, *held, *unsent})
+            _Message(None, (), (index,), tag(grant, index, self._places.rank), to.shard.rank, None)
+            for index in sorted({*never, *held, *(waits.indices[0] for waits in waiting)})
         )
 
     def close_peer(self, peer: Incarnation) -> None:
@@ -169,18 +190,17 @@ class Sender:
     # ------------------------------------------------------------------------------------------------------- progress
 
     def work(self) -> bool:
-        """Post a few pages, one step of UCX, then what has left. Whether anything moved."""
+        """Post a few messages, one step of UCX, then what has left. Whether anything moved."""
         moved = False
         for channels in tuple(self._channels.values()):
             for channel in tuple(channels.values()):
-                at_once = self._places.at_once
-                left = min(max(BURST, at_once), WINDOW - len(channel.sent), len(channel.waiting))
+                left = min(max(BURST, self._places.at_once), WINDOW - len(channel.sent), len(channel.waiting))
                 moved |= left > 0
                 while left > 0:
-                    messages = [channel.waiting.popleft() for _ in range(min(at_once, left))]
-                    left -= len(messages)
-                    self._sum(messages)
-                    for message in messages:
+                    group = self._summed_at_once(channel.waiting, left)
+                    left -= len(group)
+                    self._sum(group)
+                    for message in group:
                         self._send(channel, message)
         moved |= bool(self.worker.progress_once())
         for channels in tuple(self._channels.values()):
@@ -209,43 +229,60 @@ class Sender:
                 channel.sent.popleft()
         self._closing = [channel for channel in self._closing if channel.open]
 
-    def _sum(self, messages: list[_Message]) -> None:
+    def _summed_at_once(self, waiting: deque[_Message], most: int) -> list[_Message]:
+        """The next messages, at most so many: as many pages as are summed at once, whole messages."""
+        group = [waiting.popleft()]
+        pages = len(group[0].pages)
+        while len(group) < most and pages + len(waiting[0].pages) <= self._places.at_once:
+            group.append(waiting.popleft())
+            pages += len(group[-1].pages)
+        return group
+
+    def _sum(self, group: list[_Message]) -> None:
         """The checksums of these pages, for the word that follows them."""
         by_part: dict[Shard, list[_Message]] = {}
-        for message in messages if self._checksums else ():
+        for message in group if self._checksums else ():
             if message.push is not None and message.part is not None and not message.push.over:
                 by_part.setdefault(message.part, []).append(message)
-        for part, alike in by_part.items():
-            sums = self._places.checksums([one.page for one in alike], [one.index for one in alike], part)
-            for one, value in zip(alike, sums, strict=True):
-                assert one.push is not None
-                one.push.sums[one.to, one.index] = value
+        for part, those in by_part.items():
+            places = [(message, index) for message in those for index in message.indices]
+            sums = self._places.checksums([page for message in those for page in message.pages], [index for _, index in places], part)
+            for (message, index), value in zip(places, sums, strict=True):
+                assert message.push is not None
+                message.push.sums[message.to, index] = value
 
     def _send(self, channel: _Channel, message: _Message) -> None:
         push, part = message.push, message.part
         if push is None or part is None:
-            self._post(channel, None, self._nothing, message.tag, 0)
+            self._post(channel, message, self._nothing, 0)
             return
         if push.over:
             return
-        place = message.to, message.index
-        self._numbered += 1
-        struck = self._fault.strikes(self._numbered)
-        if struck == "fail":
+        size, pages = self._places.size(part), message.pages
+        struck = self._strike(len(pages))
+        if struck is not None and struck[0] == "fail":
             self._emit(self._book.fail(push, "an injected fault"))
-        elif struck == "stall":
-            push.held.add(place)
+        elif struck is not None and struck[0] == "stall":
+            push.held.add((message.to, message.indices[0]))
         else:
-            content = self._places.spoiled(message.page, part) if struck == "corrupt" else self._places.content(message.page, part)
-            self._post(channel, push, Array(content), message.tag, self._places.size(part))
+            content = self._places.run(pages) if len(pages) > 1 else self._places.content(pages[0], part)
+            content = content if struck is None else self._places.spoiled(content, struck[1] * size)
+            self._post(channel, message, Array(content), size * len(pages))
 
-    def _post(self, channel: _Channel, push: Push | None, content: Array, number: int, size: int) -> None:
+    def _strike(self, pages: int) -> tuple[Kind, int] | None:
+        """What an injected fault does to one of the next pages, and to which of them."""
+        first = self._numbered + 1
+        self._numbered += pages
+        struck = ((self._fault.strikes(first + i), i) for i in range(pages))
+        return next(((kind, i) for kind, i in struck if kind is not None), None)
+
+    def _post(self, channel: _Channel, message: _Message, content: Array, size: int) -> None:
         try:
-            request = channel.endpoint.tag_send(content, ucx.UCXXTag(number))
+            request = channel.endpoint.tag_send(content, ucx.UCXXTag(message.tag))
         except Exception as error:  # UCXX raises bare RuntimeErrors besides its own
             self._break(channel, f"{type(error).__name__}: {error}")
             return
-        channel.sent.append(_Sent(push, request, content, size))
+        channel.sent.append(_Sent(message.push, request, content, len(message.pages), size))
 
     def _collect(self, channel: _Channel) -> bool:
         moved = False
@@ -253,9 +290,9 @@ class Sender:
             sent = channel.sent.popleft()
             moved = True
             if sent.request.status != 0:
-                self._break(channel, f"a page could not be sent (UCX status {sent.request.status})")
+                self._break(channel, f"pages could not be sent (UCX status {sent.request.status})")
             elif sent.push is not None:
-                self.sent_pages += 1
+                self.sent_pages += sent.pages
                 self.sent_bytes += sent.size
                 self._say_transport(channel)
                 self._emit(self._book.left(sent.push, time.monotonic()))

@@ -1,7 +1,7 @@
 """The same contract without UCX, inside one process: for tests of workers, and the reference that the UCX carrier is compared with.
 
-A twin moves pages as UCX does: the sender only announces them, and the receiver's own thread copies them into its pages. Twins that
-belong together share a `Switchboard`.
+A twin moves pages as UCX does: the sender only announces them, and the receiver's own thread copies them into its pages, each by itself
+however they lie. Twins that belong together share a `Switchboard`.
 """
 
 from __future__ import annotations
@@ -82,19 +82,44 @@ class TwinTransfer:
     def counts(self) -> TransferCounts:
         return TransferCounts(self._sent, self._sent_bytes, self._received, self._received_bytes, self._outbound.failures)
 
-    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
+    def expect(
+        self,
+        peer: Incarnation,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        sources: tuple[Shard, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
         self._command(self._expect, peer, grant, pages, indices, sources)
 
     def abandon(self, grant: int, *, told: bool) -> None:
         self._command(self._abandon, grant, told)
 
-    def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+    def push(
+        self,
+        peer: Incarnation,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
         self._command(self._push, peer, to, handoff, grant, pages, indices)
 
     def finish_push(self, handoff: int, grant: int) -> None:
         self._command(self._finish, handoff, grant)
 
-    def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
+    def flush(
+        self,
+        peer: Incarnation,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        indices: tuple[int, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
         self._command(self._flush, peer, to, handoff, grant, indices)
 
     def close_peer(self, peer: Incarnation) -> None:
@@ -156,7 +181,7 @@ class TwinTransfer:
         """A page announced by its sender; None is an empty message. Closed doors and unknown tags discard it."""
         place = self._posted.get(address, {}).pop(number, None)
         if place is not None:
-            wanted, checksum = self._inbound.wanted(place.grant), None
+            wanted, sums = self._inbound.wanted(place.grant), dict[int, int]()
             if content is not None:
                 if self._places.lies_whole(place.part):
                     self._places.content(place.page, place.part)[:] = content
@@ -165,8 +190,9 @@ class TwinTransfer:
                 if wanted:
                     self._received += 1
                     self._received_bytes += self._places.size(place.part)
-                    checksum = self._places.checksum(place.page, place.index, place.part) if self._checksums else None
-            self._emit(self._inbound.completed(place.grant, place.index, checksum, whole=content is not None, source=place.source))
+                    if self._checksums:
+                        sums[place.index] = self._places.checksum(place.page, place.index, place.part)
+            self._emit(self._inbound.completed(place.grant, sums, whole=content is not None, source=place.source))
         left()
 
     # --------------------------------------------------------------------------------------------------------- sending
@@ -191,7 +217,8 @@ class TwinTransfer:
             elif struck == "stall":
                 push.held.add(place)
             else:
-                content = self._places.spoiled(page, part) if struck == "corrupt" else self._places.content(page, part)
+                content = self._places.content(page, part)
+                content = self._places.spoiled(content) if struck == "corrupt" else content
                 number, size = tag(grant, index, self._places.rank), self._places.size(part)
                 other._command(other._deliver, to.address, number, content, partial(self._command, self._left, push, size))
 
@@ -221,5 +248,5 @@ class TwinTransfer:
             cancelled = self._posted.pop(address)
             events = self._inbound.close(peer)
             for place in cancelled.values():
-                events += self._inbound.completed(place.grant, place.index, None, whole=False)
+                events += self._inbound.completed(place.grant, {}, whole=False)
             self._emit(events)

@@ -113,20 +113,45 @@ class UcxTransfer:
         """Known to a sender once its first page has left."""
         return self._sender.transport
 
-    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
-        self._command(self._expect, peer, grant, pages, indices, sources)
+    def expect(
+        self,
+        peer: Incarnation,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        sources: tuple[Shard, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
+        self._command(self._expect, peer, grant, pages, indices, sources, starts)
 
     def abandon(self, grant: int, *, told: bool) -> None:
         self._command(self._abandon, grant, told)
 
-    def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
-        self._command(self._sender.push, peer, to, handoff, grant, pages, indices)
+    def push(
+        self,
+        peer: Incarnation,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
+        self._command(self._sender.push, peer, to, handoff, grant, pages, indices, starts)
 
     def finish_push(self, handoff: int, grant: int) -> None:
         self._command(self._sender.finish, handoff, grant)
 
-    def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
-        self._command(self._sender.flush, peer, to, handoff, grant, indices)
+    def flush(
+        self,
+        peer: Incarnation,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        indices: tuple[int, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
+        self._command(self._sender.flush, peer, to, handoff, grant, indices, starts)
 
     def close_peer(self, peer: Incarnation) -> None:
         self._command(self._close_peer, peer)
@@ -230,12 +255,20 @@ class UcxTransfer:
 
     # ------------------------------------------------------------------------------------------------------- receiving
 
-    def _expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
+    def _expect(
+        self,
+        peer: Incarnation,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        sources: tuple[Shard, ...],
+        starts: tuple[int, ...],
+    ) -> None:
         receiver = self._receivers.get(peer) or self._new_receiver(peer)
         if receiver is None:
             self._emit([NotPosted(grant)])
             return
-        receives = receiver.expect(grant, pages, indices, sources)
+        receives = receiver.expect(grant, pages, indices, sources, starts)
         self._emit([Posted(grant, (receiver.rank,)), *self._inbound.expect(peer, grant, receives)])
 
     def _new_receiver(self, peer: Incarnation) -> Receiver | None:

@@ -102,6 +102,7 @@ class Expect(Struct, frozen=True, tag=True):
     pages: tuple[int, ...]
     indices: tuple[int, ...]
     sources: tuple[Shard, ...]
+    starts: tuple[int, ...]
 
 
 class Abandon(Struct, frozen=True, tag=True):
@@ -116,6 +117,7 @@ class Push(Struct, frozen=True, tag=True):
     grant: int
     pages: tuple[int, ...]
     indices: tuple[int, ...]
+    starts: tuple[int, ...]
 
 
 class FinishPush(Struct, frozen=True, tag=True):
@@ -129,6 +131,7 @@ class Flush(Struct, frozen=True, tag=True):
     handoff: int
     grant: int
     indices: tuple[int, ...]
+    starts: tuple[int, ...]
 
 
 class ClosePeer(Struct, frozen=True, tag=True):

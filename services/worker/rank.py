@@ -160,16 +160,16 @@ class Words:
         transfer = self.transfer
         assert transfer is not None, "a command for a rank that is not ready"
         match command:
-            case orders.Expect(peer, grant, pages, indices, sources):
-                transfer.expect(peer, grant, pages, indices, sources)
+            case orders.Expect(peer, grant, pages, indices, sources, starts):
+                transfer.expect(peer, grant, pages, indices, sources, starts)
             case orders.Abandon(grant, told):
                 transfer.abandon(grant, told=told)
-            case orders.Push(peer, to, handoff, grant, pages, indices):
-                transfer.push(peer, to, handoff, grant, pages, indices)
+            case orders.Push(peer, to, handoff, grant, pages, indices, starts):
+                transfer.push(peer, to, handoff, grant, pages, indices, starts)
             case orders.FinishPush(handoff, grant):
                 transfer.finish_push(handoff, grant)
-            case orders.Flush(peer, to, handoff, grant, indices):
-                transfer.flush(peer, to, handoff, grant, indices)
+            case orders.Flush(peer, to, handoff, grant, indices, starts):
+                transfer.flush(peer, to, handoff, grant, indices, starts)
             case orders.ClosePeer(peer):
                 transfer.close_peer(peer)
             case _:

@@ -55,34 +55,59 @@ class Transfers:
         """Another rank's transfer has said this."""
         self._said(rank, word.event)
 
-    def expect(self, peer: Incarnation, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], sources: tuple[Shard, ...]) -> None:
-        self._ranks.command(Expect(peer, grant, pages, indices, sources))
-        self._own.expect(peer, grant, pages, indices, sources)
+    def expect(
+        self,
+        peer: Incarnation,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        sources: tuple[Shard, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
+        self._ranks.command(Expect(peer, grant, pages, indices, sources, starts))
+        self._own.expect(peer, grant, pages, indices, sources, starts)
 
     def abandon(self, grant: int, *, told: bool) -> None:
         self._ranks.command(Abandon(grant, told))
         self._own.abandon(grant, told=told)
 
-    def push(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+    def push(
+        self,
+        peer: Incarnation,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
         """By every rank that holds something of what `to` wants."""
         for rank in self._concerned(to):
             if rank:
-                self._ranks.command_one(rank, Push(peer, to, handoff, grant, pages, indices))
+                self._ranks.command_one(rank, Push(peer, to, handoff, grant, pages, indices, starts))
             else:
-                self._own.push(peer, to, handoff, grant, pages, indices)
+                self._own.push(peer, to, handoff, grant, pages, indices, starts)
 
     def finish_push(self, handoff: int, grant: int) -> None:
         self._gather.finishing(handoff, grant)
         self._ranks.command(FinishPush(handoff, grant))
         self._own.finish_push(handoff, grant)
 
-    def flush(self, peer: Incarnation, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
+    def flush(
+        self,
+        peer: Incarnation,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        indices: tuple[int, ...],
+        starts: tuple[int, ...] = (),
+    ) -> None:
         self._gather.withdrawn(handoff, grant)
         for rank in self._concerned(to):
             if rank:
-                self._ranks.command_one(rank, Flush(peer, to, handoff, grant, indices))
+                self._ranks.command_one(rank, Flush(peer, to, handoff, grant, indices, starts))
             else:
-                self._own.flush(peer, to, handoff, grant, indices)
+                self._own.flush(peer, to, handoff, grant, indices, starts)
 
     def close_peer(self, peer: Incarnation) -> None:
         self._ranks.command(ClosePeer(peer))

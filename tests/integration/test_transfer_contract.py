@@ -15,6 +15,7 @@ import torch
 from common.messages import GrantedRank, Shard
 from services.transfer.faults import Fault, parse
 from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent, Transfer, TransferCounts, TransferEvent
+from services.transfer.sending import Sender
 from services.transfer.twin import Switchboard, TwinTransfer
 from services.transfer.ucx import UcxTransfer
 
@@ -41,8 +42,10 @@ class End:
         with pytest.raises(queue.Empty):
             raise AssertionError(self.events.get(timeout=QUIET_S))
 
-    def expect(self, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], peer: str = "prefill") -> GrantedRank:
-        self.transfer.expect(peer, grant, pages, indices, (SHARD,))
+    def expect(
+        self, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], peer: str = "prefill", starts: tuple[int, ...] = ()
+    ) -> GrantedRank:
+        self.transfer.expect(peer, grant, pages, indices, (SHARD,), starts)
         posted = self.next(Posted)
         assert isinstance(posted, Posted)
         assert posted.grant == grant
@@ -146,6 +149,67 @@ def test_without_checksums_there_are_none(make: Maker) -> None:
     assert prefill.next(Sent) == Sent(1, 1, ())
     assert decode.next(Arrived) == Arrived(1, ((),))
     assert torch.equal(decode.pages[:2], prefill.pages[:2])
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_run_arrives_as_its_pages(make: Maker) -> None:
+    prefill, decode = make(), make()
+    before = decode.pages.clone()
+    places, indices, sources, starts = (9, 10, 11, 3, 4, 15), (1, 2, 3, 4, 5, 6), (2, 3, 4, 7, 8, 9), (1, 4, 6)
+    rank = decode.expect(1, places, indices, starts=starts)
+    prefill.transfer.push("decode", rank, 4, 1, sources[:3], indices[:3], starts)
+    prefill.transfer.push("decode", rank, 4, 1, sources[3:], indices[3:], starts)
+    prefill.transfer.finish_push(4, 1)
+    sent, arrived = prefill.next(Sent), decode.next(Arrived)
+    assert sent.checksums == arrived.checksums  # type: ignore[attr-defined]
+    assert len(set(sent.checksums[0])) == 6  # type: ignore[attr-defined]
+    assert torch.equal(decode.pages[list(places)], prefill.pages[list(sources)])
+    others = [page for page in ALL if page not in places]
+    assert torch.equal(decode.pages[others], before[others])
+    assert decode.transfer.counts == TransferCounts(received_pages=6, received_bytes=6 * PAGE_BYTES)
+    assert prefill.transfer.counts == TransferCounts(sent_pages=6, sent_bytes=6 * PAGE_BYTES)
+
+
+def test_a_run_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    post = Sender._post
+    monkeypatch.setattr(Sender, "_post", lambda self, *message: (sizes.append(message[-1]), post(self, *message)))
+    prefill, decode = (End(torch.randint(0, 256, (PAGES, PAGE_BYTES), dtype=torch.uint8)) for _ in range(2))
+    for end in (prefill, decode):
+        end.transfer = UcxTransfer(end.pages, SHARD, end.events.put)
+    try:
+        rank = decode.expect(1, ALL, ALL, starts=(0, 6, 7))
+        prefill.transfer.push("decode", rank, 1, 1, ALL, ALL, (0, 6, 7))
+        decode.next(Arrived)
+        assert sizes == [6 * PAGE_BYTES, PAGE_BYTES, 9 * PAGE_BYTES]
+        assert torch.equal(decode.pages, prefill.pages)
+    finally:
+        prefill.transfer.close()
+        decode.transfer.close()
+
+
+def test_a_corrupted_page_of_a_run_is_found_by_its_own_checksum(make: Maker) -> None:
+    prefill, decode = make(fault="corrupt:6x1"), make()
+    rank = decode.expect(1, ALL, ALL, starts=(0, 4, 10))
+    prefill.transfer.push("decode", rank, 1, 1, ALL, ALL, (0, 4, 10))
+    prefill.transfer.finish_push(1, 1)
+    sent, arrived = prefill.next(Sent), decode.next(Arrived)
+    pairs = zip(sent.checksums[0], arrived.checksums[0], strict=True)  # type: ignore[attr-defined]
+    assert [index for index, (one, other) in enumerate(pairs) if one != other] == [5]
+
+
+def test_runs_that_are_held_back_or_were_never_pushed_are_flushed(make: Maker) -> None:
+    prefill, decode = make(fault="stall:3x1"), make()
+    starts = (0, 2, 5, 9)
+    rank = decode.expect(1, ALL, ALL, starts=starts)
+    prefill.transfer.push("decode", rank, 1, 1, ALL[:5], ALL[:5], starts)
+    decode.transfer.abandon(1, told=True)
+    decode.quiet()
+    prefill.transfer.flush("decode", rank, 1, 1, ALL[5:], starts)
+    assert decode.next(Landed) == Landed(1)
+    prefill.quiet()
 
 
 # -------------------------------------------------------------------------------------------------------------- faults

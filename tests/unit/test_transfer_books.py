@@ -16,8 +16,8 @@ from services.transfer.protocol import Arrived, Landed, PushFailed, Sent
 def test_a_grant_arrives_when_its_last_page_has() -> None:
     book = Inbound()
     assert book.expect("p", 1, 2) == []
-    assert book.completed(1, 3, 33, whole=True) == []
-    assert book.completed(1, 0, 10, whole=True) == [Arrived(1, ((10, 33),))]
+    assert book.completed(1, {3: 33}, whole=True) == []
+    assert book.completed(1, {0: 10}, whole=True) == [Arrived(1, ((10, 33),))]
     assert book.of("p") == []
 
 
@@ -28,32 +28,32 @@ def test_a_grant_of_nothing_arrives_at_once() -> None:
 def test_an_abandoned_grant_lands_when_its_last_receive_ended_and_never_arrives() -> None:
     book = Inbound()
     book.expect("p", 1, 2)
-    assert book.completed(1, 0, 5, whole=True) == []
+    assert book.completed(1, {0: 5}, whole=True) == []
     assert book.abandon(1, told=True) == []
     assert not book.wanted(1)
-    assert book.completed(1, 1, None, whole=True) == [Landed(1)]
+    assert book.completed(1, {}, whole=True) == [Landed(1)]
 
 
 def test_what_the_sender_never_heard_of_lands_at_once() -> None:
     book = Inbound()
     book.expect("p", 1, 2)
     assert book.abandon(1, told=False) == [Landed(1)]
-    assert book.completed(1, 0, None, whole=False) == []
+    assert book.completed(1, {}, whole=False) == []
 
 
 def test_unknown_and_arrived_grants_land_at_once() -> None:
     book = Inbound()
     assert book.abandon(9, told=True) == [Landed(9)]
     book.expect("p", 1, 1)
-    book.completed(1, 0, None, whole=True)
+    book.completed(1, {}, whole=True)
     assert book.abandon(1, told=True) == [Landed(1)]
 
 
 def test_a_failed_page_never_arrives_but_lands() -> None:
     book = Inbound()
     book.expect("p", 1, 2)
-    assert book.completed(1, 0, None, whole=False) == []
-    assert book.completed(1, 1, 7, whole=True) == []
+    assert book.completed(1, {}, whole=False) == []
+    assert book.completed(1, {1: 7}, whole=True) == []
     assert book.abandon(1, told=True) == [Landed(1)]
 
 
@@ -62,8 +62,8 @@ def test_closing_a_peer_abandons_its_grants_only() -> None:
     book.expect("p", 1, 1)
     book.expect("q", 2, 1)
     assert book.close("p") == []
-    assert book.completed(1, 0, None, whole=False) == [Landed(1)]
-    assert book.completed(2, 0, 4, whole=True) == [Arrived(2, ((4,),))]
+    assert book.completed(1, {}, whole=False) == [Landed(1)]
+    assert book.completed(2, {0: 4}, whole=True) == [Arrived(2, ((4,),))]
 
 
 def test_a_grant_in_transit_cannot_be_expected_again() -> None:
@@ -81,7 +81,7 @@ def test_a_grant_ends_exactly_once_and_only_with_no_receive_open(story: list[str
         if events:
             break
         if what in ("page", "bad") and index < pages:
-            events += book.completed(1, index, index, whole=what == "page")
+            events += book.completed(1, {index: index}, whole=what == "page")
             index, bad = index + 1, bad or what == "bad"
         elif what == "abandon":
             events += book.abandon(1, told=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from common.messages import GrantedRank, Shard
 from services.transfer.outbound import PUSH_S
 from services.transfer.protocol import Arrived, Landed, NotPosted, Posted, PushFailed, Sent, TransferEvent, keyed
+from services.transfer.runs import breaks, messages
 from tests.unit.recovery.fabric import MASK, PAGE_TOKENS, Clock, Process, Weather
 
 SHARD = Shard(0, (0, 1), (0, 1))
@@ -27,10 +28,12 @@ def checksum(content: list[int], index: int) -> int:
 
 @dataclass(eq=False)
 class Receives:
-    """Posted receives of one grant: index in the sequence → page."""
+    """Posted receives of one grant."""
 
     pages: dict[int, int]
-    open: set[int]
+    """Index in the sequence → page."""
+    open: dict[int, tuple[int, ...]]
+    """Of each message not come yet, by its first index: those of its pages."""
     sums: dict[int, int] = field(default_factory=dict)
     abandoned: bool = False
 
@@ -83,7 +86,7 @@ class Carrier:
 
     # ------------------------------------------------------------------------------------------------------- receiving
 
-    def expect(self, peer: str, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+    def expect(self, peer: str, grant: int, pages: tuple[int, ...], indices: tuple[int, ...], starts: tuple[int, ...]) -> None:
         link = self.links.get(peer)
         if link is None:
             if self._weather.not_posted and self._rng.random() < self._weather.not_posted:
@@ -93,7 +96,9 @@ class Carrier:
             link = self.links[peer] = Link(f"{self.process.name}/{self._addresses}".encode())
         self._emit(Posted(grant, (GrantedRank(SHARD, link.address),)))
         if indices:
-            link.grants[grant] = Receives(dict(zip(indices, pages, strict=True)), set(indices))
+            cuts = messages(indices, starts)
+            assert all(breaks(pages[cut]) == () for cut in cuts), f"{pages} in messages from {starts} on"
+            link.grants[grant] = Receives(dict(zip(indices, pages, strict=True)), {indices[cut.start]: indices[cut] for cut in cuts})
         else:
             self._emit(Arrived(grant, ((),)))
 
@@ -107,17 +112,19 @@ class Carrier:
                 return
         self._emit(Landed(grant))
 
-    def receive(self, link: Link, grant: int, index: int, content: list[int] | None) -> None:
-        """A page (or a flush: None) meets its posted receive; with no receive posted it goes nowhere."""
+    def receive(self, link: Link, grant: int, first: int, contents: list[list[int]] | None) -> None:
+        """A message (or a flush: None) meets its posted receive; with no receive posted it goes nowhere."""
         receives = link.grants.get(grant)
-        if receives is None or index not in receives.open:
+        if receives is None or first not in receives.open:
             return
-        page = receives.pages[index]
-        if content is not None:
-            assert self._owns(page, grant), f"{self.process.name}: a late write into page {page} for grant {grant}"
-            self.memory[page] = content
-        receives.open.discard(index)
-        receives.sums[index] = checksum(self.memory[page], index)
+        indices = receives.open.pop(first)
+        assert contents is None or len(contents) == len(indices), f"{self.process.name}: {len(contents or ())} pages for {indices}"
+        for i, index in enumerate(indices):
+            page = receives.pages[index]
+            if contents is not None:
+                assert self._owns(page, grant), f"{self.process.name}: a late write into page {page} for grant {grant}"
+                self.memory[page] = contents[i]
+            receives.sums[index] = checksum(self.memory[page], index)
         if not receives.open:
             del link.grants[grant]
             sums = tuple(receives.sums[i] for i in sorted(receives.sums))
@@ -125,21 +132,31 @@ class Carrier:
 
     # --------------------------------------------------------------------------------------------------------- sending
 
-    def push(self, peer: str, to: GrantedRank, handoff: int, grant: int, pages: tuple[int, ...], indices: tuple[int, ...]) -> None:
+    def push(
+        self,
+        peer: str,
+        to: GrantedRank,
+        handoff: int,
+        grant: int,
+        pages: tuple[int, ...],
+        indices: tuple[int, ...],
+        starts: tuple[int, ...],
+    ) -> None:
         pushing = self.pushes.setdefault((handoff, grant), Pushing(peer, to.address))
-        for page, index in zip(pages, indices, strict=True):
-            pushing.sums[index] = checksum(self.memory[page], index)
-            pushing.under_way.add(index)
+        for cut in messages(indices, starts):
+            assert breaks(pages[cut]) == (), f"{pages} in messages from {starts} on"
+            pushing.sums |= {index: checksum(self.memory[page], index) for page, index in zip(pages[cut], indices[cut], strict=True)}
+            pushing.under_way.add(indices[cut.start])
             if self._rng.random() < self._weather.push_fail:
                 self._fail(handoff, grant, "an injected fault")
                 return
             if self._rng.random() >= self._weather.push_stall:
-                self._move(peer, to.address, handoff, grant, index, page)
+                self._move(peer, to.address, handoff, grant, indices[cut.start], pages[cut])
             else:
                 self._clock.after(PUSH_S, lambda: self.process.deliver("progress", lambda: self._fail(handoff, grant, "it does not move")))
 
-    def _move(self, peer: str, address: bytes, handoff: int, grant: int, index: int, page: int | None) -> None:
-        """The receiver's thread reads the page when it gets to it; a dead or closed receiver is an error at the sender."""
+    def _move(self, peer: str, address: bytes, handoff: int, grant: int, first: int, pages: tuple[int, ...]) -> None:
+        """The receiver's thread reads the pages when it gets to them (none: a flush); a dead or closed receiver is an error here."""
         other = self._others.get(peer)
 
         def meet() -> None:
@@ -149,14 +166,14 @@ class Carrier:
                 return
             if not self.process.alive:
                 return
-            if page is None:
-                other.receive(link, grant, index, None)
+            if not pages:
+                other.receive(link, grant, first, None)
                 return
-            content = list(self.memory[page])
+            contents = [list(self.memory[page]) for page in pages]
             if self._rng.random() < self._weather.corrupt:
-                content[0] ^= 1
-            other.receive(link, grant, index, content)
-            self.process.deliver("progress", lambda: self._left(handoff, grant, index))
+                self._rng.choice(contents)[0] ^= 1
+            other.receive(link, grant, first, contents)
+            self.process.deliver("progress", lambda: self._left(handoff, grant, first))
 
         def reach() -> None:
             if other is None or not other.process.alive:
@@ -189,10 +206,10 @@ class Carrier:
             self.failed.add((handoff, grant))
             self._emit(PushFailed(handoff, grant, reason))
 
-    def flush(self, peer: str, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...]) -> None:
+    def flush(self, peer: str, to: GrantedRank, handoff: int, grant: int, indices: tuple[int, ...], starts: tuple[int, ...]) -> None:
         self.pushes.pop((handoff, grant), None)
-        for index in indices:
-            self._move(peer, to.address, handoff, grant, index, None)
+        for cut in messages(indices, starts):
+            self._move(peer, to.address, handoff, grant, indices[cut.start], ())
 
     # ------------------------------------------------------------------------------------------------------------ both
 

@@ -32,7 +32,7 @@ class Decode(Worker):
     def __init__(self, world: World, name: str, pages: int, depth: int) -> None:
         super().__init__(world, name, pages, depth)
         self.core: DecodeCore = DecodeCore(
-            self.outbox, Inbound(PAGE_TOKENS, world.max_request_tokens), max_request_tokens=world.max_request_tokens
+            self.outbox, Inbound(PAGE_TOKENS, world.max_request_tokens, run_pages=3), max_request_tokens=world.max_request_tokens
         )
         self.prefills = Liveness()
 
@@ -67,10 +67,10 @@ class Decode(Worker):
                 self.post(self.scheduler.lapse, handoff)
             case inbound.Land(handoff):
                 self.post(self.scheduler.landed, handoff)
-            case inbound.Expect(handoff, grant, pages, indices):
+            case inbound.Expect(handoff, grant, pages, indices, starts):
                 for page in pages:
                     self.owner[page] = grant
-                self.carrier.expect(handoff[0], grant, pages, indices)
+                self.carrier.expect(handoff[0], grant, pages, indices, starts)
             case inbound.Abandon(grant, told):
                 self.carrier.abandon(grant, told=told)
             case inbound.ClosePeer(peer):

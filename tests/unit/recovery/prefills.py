@@ -181,11 +181,11 @@ class Prefill(Claimant):
             case moves.Send(to, body):
                 self.send(to, body)
             case moves.Push():
-                self.carrier.push(action.to, action.rank, action.handoff, action.grant, action.pages, action.indices)
+                self.carrier.push(action.to, action.rank, action.handoff, action.grant, action.pages, action.indices, action.starts)
             case moves.FinishPush(number, grant):
                 self.carrier.finish_push(number, grant)
             case moves.Flush():
-                self.carrier.flush(action.to, action.rank, action.handoff, action.grant, action.indices)
+                self.carrier.flush(action.to, action.rank, action.handoff, action.grant, action.indices, action.starts)
             case moves.ResetLink(peer):
                 self.carrier.close_peer(peer)
                 self.links[peer] = self.links.get(peer, 0) + 1

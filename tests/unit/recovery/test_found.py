@@ -206,7 +206,7 @@ def test_a_push_without_an_end_is_ended_when_it_is_withdrawn() -> None:
     ways.begin(KEY, job(), 4, [], (0,), 0.0)
     ways.letter("d", Granted(1, 7, [0], [RANK]), 0.1)
     ways.computed(KEY, 4, 0.2)
-    assert moves.Flush("d", RANK, 1, 7, ()) in ways.drop(KEY, 0.3), "the transfer would wait for the end of this push for ever"
+    assert moves.Flush("d", RANK, 1, 7, (), ()) in ways.drop(KEY, 0.3), "the transfer would wait for the end of this push for ever"
 
 
 # -------------------------------------------------------------------------------------------------------------- decode

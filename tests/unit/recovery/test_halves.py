@@ -43,7 +43,7 @@ from tests.unit.recovery.test_found import KEY, LOAD, RANK, arrive, decode, job,
 from tests.unit.recovery.worker import LAYOUT
 
 ENTRY = Entry("interactive", "1-0")
-FLUSH = moves.Flush("d", RANK, 1, 7, (0,))
+FLUSH = moves.Flush("d", RANK, 1, 7, (0,), ())
 
 
 def beat(link: int, *pursued: int) -> PeerBeat:
@@ -107,7 +107,7 @@ def known_beginning(core: DecodeCore, length: int = 11, shared: int = 2) -> Gran
     """An offer of three pages, of which the pool holds the first `shared`."""
     core.letter("p", replace(offer(1), length=length), 0.0)
     actions = core.outcome(EngineGranted(("p", 1), (4, 5, 6, 7), shared), 0.1)
-    assert actions == [inbound.Expect(("p", 1), 1, (4, 5, 6)[shared:], tuple(range(shared, 3)))]
+    assert actions == [inbound.Expect(("p", 1), 1, (4, 5, 6)[shared:], tuple(range(shared, 3)), ())]
     (word,) = said(core.posted(Posted(1, (RANK,)), 0.2))
     assert isinstance(word, Granted)
     return word
@@ -141,6 +141,23 @@ def test_checksums_of_pages_that_were_not_asked_for_are_no_agreement() -> None:
     assert said(core.letter("p", Pushed(1, 1, [(0, Token(0, 5))], [[9]]), 0.4)) == [Rejected(1, 0, [])]
 
 
+def test_neighbours_on_both_sides_travel_as_one_message() -> None:
+    core = DecodeCore(Outbox(), inbound.Inbound(4, 64, run_pages=3), max_request_tokens=64)
+    core.letter("p", replace(offer(1), length=31, breaks=[4]), 0.0)
+    pages = (9, 10, 11, 12, 13, 14, 2, 3)
+    (expect,) = core.outcome(EngineGranted(("p", 1), pages, 0), 0.1)
+    assert expect == inbound.Expect(("p", 1), 1, pages, tuple(range(8)), (0, 3, 4, 6))
+    (word,) = said(core.posted(Posted(1, (RANK,)), 0.2))
+    assert isinstance(word, Granted) and word.starts == [0, 3, 4, 6]
+
+
+def test_who_does_not_name_its_breaks_sends_page_by_page() -> None:
+    core = DecodeCore(Outbox(), inbound.Inbound(4, 64, run_pages=3), max_request_tokens=64)
+    core.letter("p", replace(offer(1), length=11), 0.0)
+    (expect,) = core.outcome(EngineGranted(("p", 1), (4, 5, 6), 0), 0.1)
+    assert isinstance(expect, inbound.Expect) and expect.starts == ()
+
+
 @pytest.mark.parametrize("hashes", [[b"x" * 16, b"y" * 16], [b"short"]])
 def test_an_offer_with_other_hashes_than_its_pages_is_refused(hashes: list[bytes]) -> None:
     core = decode()
@@ -171,9 +188,39 @@ def test_pages_that_the_decode_holds_are_neither_pushed_nor_flushed() -> None:
     ways.begin(KEY, job(), 15, [b"1", b"2", b"3"], (3, 4, 5, 6), 0.0)
     ways.letter("d", Granted(1, 7, [-1, -1, 8, 9], [RANK]), 0.1)
     assert ways.computed(KEY, 8, 0.2) == []
-    assert ways.computed(KEY, 12, 0.3) == [moves.Push("d", RANK, 1, 7, (5,), (2,))]
-    assert ways.drop(KEY, 0.4)[1:] == [moves.Flush("d", RANK, 1, 7, (3,))]
+    assert ways.computed(KEY, 12, 0.3) == [moves.Push("d", RANK, 1, 7, (5,), (2,), ())]
+    assert ways.drop(KEY, 0.4)[1:] == [moves.Flush("d", RANK, 1, 7, (3,), ())]
     assert ways.spared_pages == 0
+
+
+def test_a_message_is_pushed_once_its_last_page_is_final() -> None:
+    ways = Handoffs(4, random.Random(1))
+    ways.beat("d", LOAD, 0.0)
+    (sent,) = ways.begin(KEY, job(), 19, [], (3, 4, 5, 8, 9, 1), 0.0)  # the last page is room to grow
+    assert isinstance(sent, moves.Send) and isinstance(sent.body, Offer) and sent.body.breaks == [3]
+    ways.letter("d", Granted(1, 7, [20, 21, 22, 23, 24], [RANK], [0, 2, 3]), 0.1)
+    assert ways.computed(KEY, 4, 0.2) == []
+    assert ways.computed(KEY, 8, 0.3) == [moves.Push("d", RANK, 1, 7, (3, 4), (0, 1), (0, 2, 3))]
+    assert ways.computed(KEY, 16, 0.3) == [moves.Push("d", RANK, 1, 7, (5,), (2,), (0, 2, 3))]
+    assert ways.drawn(KEY, Token(0, 5), 0.4)[0] == moves.Push("d", RANK, 1, 7, (8, 9), (3, 4), (0, 2, 3))
+
+
+def test_what_is_given_up_is_flushed_message_by_message() -> None:
+    ways = Handoffs(4, random.Random(1))
+    ways.beat("d", LOAD, 0.0)
+    ways.begin(KEY, job(), 16, [], (3, 4, 5, 6), 0.0)
+    ways.letter("d", Granted(1, 7, [20, 21, 22, 23], [RANK], [0, 2]), 0.1)
+    ways.computed(KEY, 12, 0.3)
+    assert ways.drop(KEY, 0.4)[1:] == [moves.Flush("d", RANK, 1, 7, (2, 3), (0, 2))]
+
+
+@pytest.mark.parametrize("starts", [[0, 2], [1], [0, 3, 2], [0, 3, 9], [0, 3, 3]])
+def test_messages_over_pages_that_lie_apart_are_not_sent(starts: list[int]) -> None:
+    ways = Handoffs(4, random.Random(1))
+    ways.beat("d", LOAD, 0.0)
+    ways.begin(KEY, job(), 16, [], (3, 4, 5, 8), 0.0)
+    actions = ways.letter("d", Granted(1, 7, [20, 21, 22, 23], [RANK], starts), 0.1)
+    assert Withdraw(1) in said(actions)
 
 
 def test_a_handoff_of_which_nothing_is_missing_is_finished_by_the_first_token() -> None:
