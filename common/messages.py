@@ -368,7 +368,7 @@ class Granted(Struct, frozen=True, tag=True):
 
     handoff: int
     grant: int
-    """Numbered per decode incarnation, never reused: with page index and sending rank it makes the UCX tag."""
+    """Numbered per decode incarnation, never reused: with a message's first page and the sending rank it makes the UCX tag."""
     pages: list[int]
     ranks: list[GrantedRank]
     starts: list[int] = []

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.engine.cuda.inputs import blocks
-from services.engine.cuda.operators import BLOCK_ROWS, Heads, Operators, Prompts, Rows, Singles
+from services.engine.cuda.inputs import blocks, seen_by
+from services.engine.cuda.operators import BLOCK_ROWS, Heads, Operators, Packed, Prompts, Rows, Singles
 from services.engine.cuda.reference import ReferenceOperators
 
 BOUND = {torch.float32: 4e-6, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
@@ -89,7 +89,7 @@ def gate(do: Operators, shape: Shape, dtype: torch.dtype, device: torch.device, 
     """Of few rows, and of many, which the library multiplies; in half precision one of numbers so large that the gate is open or shut."""
     given, error = Inputs(shape, dtype, device, seed, []), 0.0
     weight = given.normal(2 * GATED_OUTPUTS, INPUTS) / INPUTS**0.5
-    for rows in (5, 70):
+    for rows in (5, 17, 64, 70):
         x = given.normal(rows, INPUTS)
         x[0] *= 100 if dtype.itemsize == 2 else 1
         error = max(error, _error(do.gated(x, weight, None), REFERENCE.gated(x.double(), weight.double(), None)))
@@ -157,7 +157,11 @@ def prefill(do: Operators, shape: Shape, dtype: torch.dtype, device: torch.devic
     rows = [[first, *chunk, begin] for first, chunk, begin in zip(firsts, chunks, given.begins, strict=True)]
     block_rows = BLOCK_ROWS[dtype.itemsize]
     tiles = [*blocks(np.asarray(rows), block_rows).tolist(), [-1, 0]]
-    prompts = Prompts(given.ints(rows), given.ints(tiles), block_rows, given.ints(given.table))
+    keys = given.ints(seen_by(np.asarray(rows), given.table.numpy(), size)).long()
+    seen = [tokens + context for tokens, context in chunks]
+    row_ends, key_ends = given.ints([0, *accumulate(tokens)]), given.ints([0, *accumulate(seen)])
+    packed = Packed(keys // size, keys % size, row_ends, key_ends, max(tokens), max(seen))
+    prompts = Prompts(given.ints(rows), given.ints(tiles), block_rows, given.ints(given.table), packed)
     queries = given.normal(sum(tokens), shape.heads.heads, shape.dim)
     found, wanted = torch.full_like(queries, float("nan")), torch.empty_like(queries, dtype=torch.float64)
     do.prefill(queries, given.pages, prompts, shape.heads, found)

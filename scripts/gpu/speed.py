@@ -49,9 +49,12 @@ WAYS = {
     "the library's products": Ways(products=False, overlap=False),
     "as it is": Ways(),
     "without overlap": Ways(overlap=False),
+    "torch's attention of prompts": Ways(library=True),
 }
 """The first draws the ids that the others are held against."""
 AS_IT_IS = "as it is"
+PROMPTS = (AS_IT_IS, "torch's attention of prompts")
+"""Ways in which prompts differ: all others compute them alike, eagerly and through the library's products."""
 LEAST_EQUAL = 0.8
 """Of the ids that a way draws: logits of random weights lie close, and rounding decides between some."""
 
@@ -71,17 +74,18 @@ def results(model: str | None) -> Iterator[tuple[str, Any]]:
 
 
 def _timed(way: str, weights: Weights, pool: Pool, products: float, reads: float, drawn: dict[str, list[int]]) -> Iterator[tuple[str, Any]]:
-    """Decode steps by this way; by what is in use also prompts, and steps through the scheduler. `drawn`: ids by step, of the first way."""
+    """Decode steps by this way, or prompts, or both; by what is in use also steps through the scheduler. `drawn`: ids by step, of the
+    first way."""
     due, began = shapes(), time.monotonic()
-    forward = CudaForward(weights, TritonOperators(WAYS[way]), pool, MOST_BATCH)
+    forward = CudaForward(weights, TritonOperators(WAYS[way]), pool, 0 if way == PROMPTS[1] else MOST_BATCH)
     torch.cuda.synchronize()
     yield f"capture, {way}", {"batches_up_to": MOST_BATCH, "seconds": time.monotonic() - began}
     equal = count = 0
     for case in launches.cases(forward, GRID):
         step = next((one for one in GRID.steps if launches.step_name(*one) == case.name), None)
         prompt = next((one for one in GRID.prompts if launches.prompt_name(one) == case.name), ())
-        if step is None and way != AS_IT_IS:
-            continue  # prompts run eagerly, through the library's products, in any case
+        if (step is None and way not in PROMPTS) or (step is not None and way == PROMPTS[1]):
+            continue
         for _ in range(3):
             output: Any = case.run()
         times = sorted(second for _ in range(REPEATS) for second in case.seconds())

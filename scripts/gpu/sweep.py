@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scripts.gpu.speed import DIM, HEADS, KV_HEADS, LAYERS, least, random_weights
 from services.engine.cuda.operators import BLOCK_ROWS, Heads, Prompts, Singles
-from services.engine.cuda.splits import splits
+from services.engine.cuda.splits import MOST, splits
 from services.engine.cuda.tiles import Cut, Tile
 from services.engine.cuda.triton_operators import Attention, TritonOperators, Ways
 
@@ -121,7 +121,7 @@ def decodes(batch: int, context: int) -> dict[str, Any]:
     found = {}
     usual = splits(batch, KV_HEADS, queries.device)
     for tile in DECODES:
-        for cuts in sorted({usual, 2 * usual, max(1, usual // 2)}):
+        for cuts in sorted({usual, min(MOST, 2 * usual), max(1, usual // 2)}):
             singles = Singles(begins, lengths, table, cuts)
             for ways in (PLAIN, Ways()):
                 do = TritonOperators(replace(ways, decode=tile))
@@ -206,8 +206,8 @@ def _compile(run: Callable[[], None]) -> None:
 
 
 def _product(batch: int, gated: bool, tile: Tile) -> None:
-    x = torch.ones(batch, 4 * tile.depth, device="cuda", dtype=torch.bfloat16)
-    weight = torch.ones((2 if gated else 1) * tile.outputs, 4 * tile.depth, device="cuda", dtype=torch.bfloat16)
+    x = torch.ones(batch, 8 * tile.depth, device="cuda", dtype=torch.bfloat16)
+    weight = torch.ones((2 if gated else 1) * tile.outputs, 8 * tile.depth, device="cuda", dtype=torch.bfloat16)
     for ways in (PLAIN, Ways(ahead=0), Ways(ahead=4)):
         for parts in (1,) if gated else (1, 2):
             TritonOperators(ways).multiplied(x, weight, Cut(tile, parts), gated=gated)

@@ -150,6 +150,8 @@ class Systems:
             self._say(f"starting {variant.name}")
             try:
                 cluster.begin()
+                if cluster.mps is not None and not cluster.mps.env:  # nobody waits for workers that would have no bounds
+                    raise ClusterError(f"no MPS: {cluster.mps.failure}")
             except FAILURES as error:
                 cluster.stop()
                 yield names[variant.name], {"ok": False, "error": str(error)}
@@ -159,8 +161,6 @@ class Systems:
             try:
                 cluster.wait_ready(timeout_s=max(1.0, min(patience_s, self._left()) - (time.monotonic() - began)))
                 wait_served(cluster.urls[0])
-                if cluster.mps is not None and not cluster.mps.env:
-                    raise ClusterError(f"no MPS: {cluster.mps.failure}")
                 self._running[variant.name] = reach(variant, cluster)
             except FAILURES as error:
                 told = {child.name: child.log.read_text(errors="replace").splitlines()[-4:] for child in cluster.workers}

@@ -47,7 +47,7 @@ class DecodeWorker(Worker[Action]):
     def __init__(self, room: Room, settings: WorkerSettings, service: Service, redis: Redis, identity: Identity) -> None:
         super().__init__(room, settings, service, redis, identity)
         most = identity.max_request_pages * room.layout.page_tokens
-        run_pages = most_pages(room.layout.page_bytes, RUN_BYTES[room.pool.tensor.device.type])
+        run_pages = most_pages(room.pool.layout.page_bytes, RUN_BYTES[room.pool.tensor.device.type])
         self._core = DecodeCore(
             self.gateways.outbox,
             Inbound(room.layout.page_tokens, most, run_pages=run_pages),

@@ -81,8 +81,11 @@ def _on_gpu(loaded: LoadedModel, most_batch: int) -> Callable[[Pool], Forward]:
     if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "gcc", "clang")):
         raise build.Unavailable("there is no C compiler (gcc, clang or CC), which Triton needs to launch kernels")
     try:
+        from services.engine.cuda import choose as chosen
         from services.engine.cuda.triton_operators import TritonOperators
     except ImportError as error:
         raise build.Unavailable(f"Triton cannot be imported: {error}") from error
     log.info("kernels: native", instructions="Triton and CUDA graphs")
-    return partial(CudaForward, fused(loaded), TritonOperators(), most_batch=most_batch)
+    weights = fused(loaded)
+    ways = chosen.ways(weights.like, loaded.dtype, loaded.device)
+    return partial(CudaForward, weights, TritonOperators(ways), most_batch=most_batch)

@@ -15,6 +15,8 @@ from services.engine.plan import PoolCounts
 from services.engine.spans import FreePages
 
 HASH_BYTES = 16
+SPARE = 32
+"""A share of the pool, one of so many: as many pages more than are lacking are evicted at a time, so that there are runs to choose from."""
 
 
 def chain_hashes(fingerprint: str, ids: Sequence[int], page_tokens: int, known: Sequence[bytes] = ()) -> list[bytes]:
@@ -156,11 +158,16 @@ class PagePool:
         """Pages of no state: the caller gives them one at once. Cached ones go for want of free ones, the least recently used first."""
         if count > self.available:
             return None
-        evicted = [self._cached.popitem(last=False)[0] for _ in range(count - len(self._free))]
-        for page in evicted:
-            self._unseal(page)
-        self._free.add(evicted)
+        lacking = count - len(self._free)
+        if lacking > 0:
+            self._evict(min(lacking + self.total // SPARE, len(self._cached)))
         return self._free.take(count)
+
+    def _evict(self, count: int) -> None:
+        pages = [self._cached.popitem(last=False)[0] for _ in range(count)]
+        for page in pages:
+            self._unseal(page)
+        self._free.add(pages)
 
     def _stays_cached(self, page: int) -> bool:
         """Of a page without users: whether it can still be found by its hash."""

@@ -15,14 +15,14 @@ class FreePages:
 
     def __init__(self, total: int) -> None:
         self._count = 0
+        self._is_free = bytearray(total)
         self._end: dict[int, int] = {}
         """First page of each run → one past its last."""
         self._first: dict[int, int] = {}
         """The reverse."""
         self._by_length: list[tuple[int, int]] = []
         """(length, first page), sorted."""
-        if total:
-            self._insert(0, total)
+        self.add(range(total))
 
     def __len__(self) -> int:
         return self._count
@@ -45,11 +45,15 @@ class FreePages:
             if cut < first + length:
                 self._insert(cut, first + length)
             taken += range(first, cut)
+            self._is_free[first:cut] = bytes(cut - first)
         return tuple(taken)
 
     def add(self, pages: Iterable[int]) -> None:
-        """They are free again. Raises AssertionError if one is already."""
+        """They are free again. Raises AssertionError if one is already, and those before it are free then."""
         for first, end in runs(sorted(pages)):
+            if self._is_free.find(1, first, end) >= 0:
+                raise AssertionError(f"a page of {first} to {end - 1} is free twice")
+            self._is_free[first:end] = b"\1" * (end - first)
             before, behind = self._first.get(first), self._end.get(end)
             if before is not None:
                 self._remove(before)
@@ -58,8 +62,6 @@ class FreePages:
             self._insert(first if before is None else before, end if behind is None else behind)
 
     def _insert(self, first: int, end: int) -> None:
-        if first in self._end or end in self._first:
-            raise AssertionError(f"a page of {first} to {end - 1} is free twice")
         self._end[first], self._first[end] = end, first
         self._count += end - first
         insort(self._by_length, (end - first, first))

@@ -209,8 +209,8 @@ class Handoffs:
                 if handoff.granted is not None:
                     return []
                 wanted = [i for i, page in enumerate(body.pages) if page >= 0]
-                if len(body.pages) != len(self._needed(going)) or not can_send(body.starts, wanted, handoff.offer.breaks or ()):
-                    return self._again(going, now, f"{len(body.pages)} pages were granted, from {body.starts} on", avoid=True)
+                if len(body.pages) != len(self._needed(going)) or not can_send(body.starts, wanted, set(handoff.offer.breaks or ())):
+                    return self._again(going, now, f"{len(body.pages)} pages in {len(body.starts)} runs were granted", avoid=True)
                 handoff.granted = body
                 return self._push(going, now)
             case Refused():

@@ -31,8 +31,10 @@ SIZES = tuple(4 * KIB << shift for shift in range(0, 17, 2))
 MEMCPY_BYTES = {"cpu": 64 * MIB, "cuda": 1024 * MIB}
 """On a device so many that starting and awaiting a copy takes no part of it, and no cache holds them."""
 SHARD = Shard(0, (0, 30), (0, 3))
-ANSWER_S = {"cpu": 60.0, "cuda": 40.0}
+ANSWER_S = {"cpu": 60.0, "cuda": 25.0}
 """The first answer comes after the imports, and the start of CUDA and UCX."""
+END_S = 10.0
+"""For processes that have reported all to end."""
 SETTLE_S = 0.02
 """Between two transfers, so that each starts with both sides asleep, as in service."""
 
@@ -201,7 +203,7 @@ def measure(works: list[Work], device: str = "cpu") -> Measured:
             transport, done = carrier or transport, done + 1
             print(f"\r{done * 100 // total:3d} %  {work.bytes / MIB:8.3f} MiB", end="", file=sys.stderr, flush=True)
         for process in processes:
-            process.join(ANSWER_S[device])
+            process.join(END_S if error is None else 0)
     finally:
         print(file=sys.stderr)
         for process in processes:

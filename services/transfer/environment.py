@@ -23,6 +23,8 @@ DEFAULTS = {
     "UCX_TCP_CONN_NB": "y",
     # A killed peer is reported after about a second.
     "UCX_KEEPALIVE_INTERVAL": "1s",
+    # UCX would remember which memory is a GPU's by watching who allocates; torch has by then. UCXX sets this too, after UCX has read it.
+    "UCX_MEMTYPE_CACHE": "n",
     "UCX_WARN_UNUSED_ENV_VARS": "n",
     # A lost peer is an event here, not a line on stderr.
     "UCX_LOG_LEVEL": "fatal",

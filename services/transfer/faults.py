@@ -9,7 +9,7 @@ from typing import Literal, cast
 from common.errors import SettingError
 
 Kind = Literal["fail", "stall", "corrupt"]
-"""The push fails; the page is held back for ever; one bit of it arrives changed."""
+"""The push fails; the page is held back for ever, with those that travel with it; one bit of it arrives changed."""
 
 _SPELLING = re.compile(r"(fail|stall|corrupt):([1-9]\d*)(?:x([1-9]\d*))?")
 

@@ -26,13 +26,13 @@ class Places:
         self._rows: Any = pages.numpy() if pages.device.type == "cpu" else pages
         self._device = pages.device
         self._shard = shard
-        # On the engine's stream a checksum would wait for every step that is under way.
-        self._stream = torch.cuda.Stream(pages.device) if pages.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        # On the engine's stream a checksum would wait for every step that is under way; and it goes before their blocks.
+        self._stream = torch.cuda.Stream(pages.device, priority=-1) if pages.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._layers = shard.layers[1] - shard.layers[0]
         self._heads = shard.kv_heads[1] - shard.kv_heads[0]
         self.page_bytes = pages.shape[1]
         self.at_once = 1 if self._stream is None else GPU_PAGES
-        """Pages that are summed together: a core sums each while it is in its cache."""
+        """Pages that are summed together, or one message more: a core sums them while they are in its cache."""
 
     @property
     def rank(self) -> int:
@@ -97,21 +97,30 @@ class Places:
             return checksum(content, keyed(part, index))
 
     def checksums(self, pages: Sequence[int], indices: Sequence[int], part: Shard) -> list[int]:
-        """Of several pages at once: on a GPU that is one wait instead of one for each."""
-        if self._stream is None or not self.lies_whole(part) or len(pages) == 1:
+        """Of several pages: on a GPU with one wait for `GPU_PAGES` instead of one for each."""
+        if self._stream is None or not self.lies_whole(part):
             return [self.checksum(page, index, part) for page, index in zip(pages, indices, strict=True)]
+        found: list[int] = []
         with self._own_stream():
-            together = self.size(part) == self.page_bytes and list(pages) == list(range(pages[0], pages[0] + len(pages)))
-            rows = self._rows[pages[0] : pages[0] + len(pages)] if together else torch.stack([self.content(page, part) for page in pages])
-            return keyed_sums(rows, [keyed(part, index) for index in indices])
+            for first in range(0, len(pages), GPU_PAGES):
+                some = slice(first, first + GPU_PAGES)
+                found += keyed_sums(self._together(pages[some], part), [keyed(part, index) for index in indices[some]])
+        return found
 
-    def spoiled(self, content: Any, at: int = 0) -> Any:
-        """A copy of this with one bit of byte `at` changed, for injected faults."""
+    def spoiled(self, content: Any, at: Sequence[int]) -> Any:
+        """A copy of this with one bit of each of these bytes changed, for injected faults."""
         with self._own_stream():
             copy = torch.as_tensor(content).clone()
-            copy[at] ^= 1
+            copy[list(at)] ^= 1
             self._complete()
         return copy.numpy() if self._device.type == "cpu" else copy
+
+    def _together(self, pages: Sequence[int], part: Shard) -> Any:
+        """`[n, bytes]`, a copy unless whole pages are neighbours."""
+        first, end = pages[0], pages[0] + len(pages)
+        if self.size(part) == self.page_bytes and list(pages) == list(range(first, end)):
+            return self._rows[first:end]
+        return torch.stack([self.content(page, part) for page in pages])
 
     def _strided(self, page: int, part: Shard) -> Any:
         layers, heads = (

@@ -61,7 +61,7 @@ class NotPosted(Struct, frozen=True, tag=True):
 
 
 class Arrived(Struct, frozen=True, tag=True):
-    """Every receive of the grant has completed with a whole page; `checksums` of what lies there, as in `Sent`."""
+    """Every receive of the grant has completed with a whole message; `checksums` of what lies there, as in `Sent`."""
 
     grant: int
     checksums: tuple[tuple[int, ...], ...]

@@ -13,7 +13,7 @@ import numpy as np
 from common.logs import get_logger
 from common.messages import GrantedRank, Incarnation, Shard
 from services.transfer import environment
-from services.transfer.faults import Fault, Kind
+from services.transfer.faults import Fault
 from services.transfer.outbound import Outbound, Push, Way
 from services.transfer.parts import alike
 from services.transfer.places import Places
@@ -29,10 +29,12 @@ from ucxx._lib.arr import Array  # noqa: E402
 log = get_logger(__name__)
 
 BURST = 4
-"""Messages posted between two steps of UCX, so that a long push does not keep completions waiting."""
+"""Pages posted between two steps of UCX, or one message more, so that a long push does not keep completions waiting."""
 WINDOW = 64
 """Messages under way on one channel. More than a shared-memory FIFO holds (256) would wait inside UCX, and if the peer dies then, those
 in front of them never complete (seen with UCX 1.21)."""
+WINDOW_BYTES = 128 << 20
+"""Besides: of what is under way, all must come before a handoff that is given up on a slow link lands. One message may always go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,8 @@ class _Channel:
     endpoint: ucx.UCXEndpoint
     waiting: deque[_Message] = field(default_factory=deque)
     sent: deque[_Sent] = field(default_factory=deque)
+    sent_bytes: int = 0
+    """Of what is under way."""
     way: Way = field(default_factory=Way)
     pushes: set[Push] = field(default_factory=set)
     broken: str = ""
@@ -194,11 +198,11 @@ class Sender:
         moved = False
         for channels in tuple(self._channels.values()):
             for channel in tuple(channels.values()):
-                left = min(max(BURST, self._places.at_once), WINDOW - len(channel.sent), len(channel.waiting))
-                moved |= left > 0
-                while left > 0:
-                    group = self._summed_at_once(channel.waiting, left)
-                    left -= len(group)
+                pages = max(BURST, self._places.at_once)
+                while pages > 0 and (room := self._room(channel)) > 0:
+                    moved = True
+                    group = self._summed_at_once(channel.waiting, room)
+                    pages -= sum(max(len(message.pages), 1) for message in group)
                     self._sum(group)
                     for message in group:
                         self._send(channel, message)
@@ -228,6 +232,11 @@ class Sender:
             while channel.sent and channel.sent[0].request.completed:
                 channel.sent.popleft()
         self._closing = [channel for channel in self._closing if channel.open]
+
+    def _room(self, channel: _Channel) -> int:
+        """Messages that may be posted on it now."""
+        full = channel.sent_bytes >= WINDOW_BYTES
+        return 0 if full else min(WINDOW - len(channel.sent), len(channel.waiting))
 
     def _summed_at_once(self, waiting: deque[_Message], most: int) -> list[_Message]:
         """The next messages, at most so many: as many pages as are summed at once, whole messages."""
@@ -259,22 +268,21 @@ class Sender:
         if push.over:
             return
         size, pages = self._places.size(part), message.pages
-        struck = self._strike(len(pages))
-        if struck is not None and struck[0] == "fail":
+        struck = self._struck(len(pages))
+        if struck and self._fault.kind == "fail":
             self._emit(self._book.fail(push, "an injected fault"))
-        elif struck is not None and struck[0] == "stall":
+        elif struck and self._fault.kind == "stall":
             push.held.add((message.to, message.indices[0]))
         else:
             content = self._places.run(pages) if len(pages) > 1 else self._places.content(pages[0], part)
-            content = content if struck is None else self._places.spoiled(content, struck[1] * size)
+            content = self._places.spoiled(content, [i * size for i in struck]) if struck else content
             self._post(channel, message, Array(content), size * len(pages))
 
-    def _strike(self, pages: int) -> tuple[Kind, int] | None:
-        """What an injected fault does to one of the next pages, and to which of them."""
+    def _struck(self, pages: int) -> list[int]:
+        """Which of the next pages an injected fault strikes."""
         first = self._numbered + 1
         self._numbered += pages
-        struck = ((self._fault.strikes(first + i), i) for i in range(pages))
-        return next(((kind, i) for kind, i in struck if kind is not None), None)
+        return [i for i in range(pages) if self._fault.strikes(first + i) is not None]
 
     def _post(self, channel: _Channel, message: _Message, content: Array, size: int) -> None:
         try:
@@ -282,12 +290,14 @@ class Sender:
         except Exception as error:  # UCXX raises bare RuntimeErrors besides its own
             self._break(channel, f"{type(error).__name__}: {error}")
             return
+        channel.sent_bytes += size
         channel.sent.append(_Sent(message.push, request, content, len(message.pages), size))
 
     def _collect(self, channel: _Channel) -> bool:
         moved = False
         while channel.sent and channel.sent[0].request.completed:
             sent = channel.sent.popleft()
+            channel.sent_bytes -= sent.size
             moved = True
             if sent.request.status != 0:
                 self._break(channel, f"pages could not be sent (UCX status {sent.request.status})")

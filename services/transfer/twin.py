@@ -218,7 +218,7 @@ class TwinTransfer:
                 push.held.add(place)
             else:
                 content = self._places.content(page, part)
-                content = self._places.spoiled(content) if struck == "corrupt" else content
+                content = self._places.spoiled(content, [0]) if struck == "corrupt" else content
                 number, size = tag(grant, index, self._places.rank), self._places.size(part)
                 other._command(other._deliver, to.address, number, content, partial(self._command, self._left, push, size))
 

@@ -37,7 +37,7 @@ import ucxx._lib.libucxx as ucx  # noqa: E402  (after its environment)
 log = get_logger(__name__)
 
 SPIN_S = 0.0002
-"""The thread looks again without sleeping until nothing has moved for this long: longer than one page takes."""
+"""The thread looks again without sleeping until nothing has moved for this long: longer than a page takes in shared memory."""
 IDLE_WAIT_S = 1.0
 LOOK_S = 0.2
 """A thread that does not come to sleep looks after the deadlines this often: one way may be stuck while others are never quiet."""

@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 
 from common.messages import GrantedRank, Shard
+from services.transfer import sending
 from services.transfer.faults import Fault, parse
 from services.transfer.protocol import Arrived, Landed, Posted, PushFailed, Sent, Transfer, TransferCounts, TransferEvent
 from services.transfer.sending import Sender
@@ -172,32 +174,67 @@ def test_a_run_arrives_as_its_pages(make: Maker) -> None:
     assert prefill.transfer.counts == TransferCounts(sent_pages=6, sent_bytes=6 * PAGE_BYTES)
 
 
-def test_a_run_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+over_ucx = pytest.mark.parametrize("make", ["ucx"], indirect=True)
+
+
+@over_ucx
+def test_a_run_is_one_message(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     post = Sender._post
     monkeypatch.setattr(Sender, "_post", lambda self, *message: (sizes.append(message[-1]), post(self, *message)))
-    prefill, decode = (End(torch.randint(0, 256, (PAGES, PAGE_BYTES), dtype=torch.uint8)) for _ in range(2))
-    for end in (prefill, decode):
-        end.transfer = UcxTransfer(end.pages, SHARD, end.events.put)
-    try:
-        rank = decode.expect(1, ALL, ALL, starts=(0, 6, 7))
-        prefill.transfer.push("decode", rank, 1, 1, ALL, ALL, (0, 6, 7))
-        decode.next(Arrived)
-        assert sizes == [6 * PAGE_BYTES, PAGE_BYTES, 9 * PAGE_BYTES]
-        assert torch.equal(decode.pages, prefill.pages)
-    finally:
-        prefill.transfer.close()
-        decode.transfer.close()
+    prefill, decode = make(), make()
+    rank = decode.expect(1, ALL, ALL, starts=(0, 6, 7))
+    prefill.transfer.push("decode", rank, 1, 1, ALL, ALL, (0, 6, 7))
+    decode.next(Arrived)
+    assert sizes == [6 * PAGE_BYTES, PAGE_BYTES, 9 * PAGE_BYTES]
+    assert torch.equal(decode.pages, prefill.pages)
 
 
-def test_a_corrupted_page_of_a_run_is_found_by_its_own_checksum(make: Maker) -> None:
-    prefill, decode = make(fault="corrupt:6x1"), make()
+@over_ucx
+def test_what_is_under_way_is_bounded_in_bytes_and_a_larger_message_goes_alone(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sending, "WINDOW_BYTES", 3 * PAGE_BYTES)
+    under_way: list[int] = []
+    post = Sender._post
+
+    def posted(self: Sender, channel: Any, message: Any, content: Any, size: int) -> None:
+        under_way.append(channel.sent_bytes)
+        post(self, channel, message, content, size)
+
+    monkeypatch.setattr(Sender, "_post", posted)
+    prefill, decode = make(), make()
+    starts = (0, 1, 2, 3, 4, 5, 6, 12, 13)
+    rank = decode.expect(1, ALL, ALL, starts=starts)
+    prefill.transfer.push("decode", rank, 1, 1, ALL, ALL, starts)
+    decode.next(Arrived)
+    assert torch.equal(decode.pages, prefill.pages)
+    assert len(under_way) == len(starts) and max(under_way) < 3 * PAGE_BYTES
+
+
+@over_ucx
+def test_a_way_that_breaks_at_a_send_fails_its_pushes_and_nothing_else(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    post = Sender._post
+    monkeypatch.setattr(Sender, "_post", lambda self, channel, *_: self._break(channel, "no memory for a request"))
+    prefill, decode = make(), make()
+    rank = decode.expect(1, ALL, ALL)
+    prefill.transfer.push("decode", rank, 1, 1, ALL, ALL)
+    assert prefill.next(PushFailed) == PushFailed(1, 1, "no memory for a request")
+    monkeypatch.setattr(Sender, "_post", post)
+    decode.transfer.close_peer("prefill")
+    decode.next(Landed)
+    prefill.transfer.close_peer("decode")
+    rank = decode.expect(2, ALL, ALL)
+    prefill.transfer.push("decode", rank, 2, 2, ALL, ALL)
+    decode.next(Arrived)
+
+
+def test_corrupted_pages_of_a_run_are_found_by_their_own_checksums(make: Maker) -> None:
+    prefill, decode = make(fault="corrupt:3x3"), make()
     rank = decode.expect(1, ALL, ALL, starts=(0, 4, 10))
     prefill.transfer.push("decode", rank, 1, 1, ALL, ALL, (0, 4, 10))
     prefill.transfer.finish_push(1, 1)
     sent, arrived = prefill.next(Sent), decode.next(Arrived)
     pairs = zip(sent.checksums[0], arrived.checksums[0], strict=True)  # type: ignore[attr-defined]
-    assert [index for index, (one, other) in enumerate(pairs) if one != other] == [5]
+    assert [index for index, (one, other) in enumerate(pairs) if one != other] == [2, 5, 8]
 
 
 def test_runs_that_are_held_back_or_were_never_pushed_are_flushed(make: Maker) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, OPTConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from common.messages import Key, Sampling
+from services.engine.cuda import flash
 from services.engine.cuda.forward import Body, CudaForward
 from services.engine.cuda.graphs import Step, padded, sizes
 from services.engine.cuda.inputs import blocks
+from services.engine.cuda.operators import Heads, Prompts
 from services.engine.cuda.reference import ReferenceOperators
 from services.engine.cuda.runner import runner
 from services.engine.cuda.weights import fused, refusal
@@ -73,6 +77,42 @@ def test_float32_is_eager(config: PreTrainedConfig, page_tokens: int, tmp_path: 
     pool = Pool(loaded.layout, 1920 // page_tokens, "cpu")
     pool.tensor.fill_(float("nan"))
     runner = Runner(CudaForward(fused(loaded), ReferenceOperators(), pool), page_tokens)
+    for found, wanted in pairs(runner, eager, [*PLANS, *LONG], page_tokens, pool.pages):
+        torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, q_ends: Tensor, k_ends: Tensor, most_q: int, most_k: int, **how: Any) -> Tensor:
+    """What torch's kernel, which runs on a GPU only, is documented to compute; and what it insists on."""
+    assert how.pop("window_size") == (-1, 0) and how.pop("enable_gqa", True) and set(how) == {"scale"}
+    assert q_ends.dtype == k_ends.dtype == torch.int32 and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    parts = []
+    for (first, end), (low, high) in zip(pairwise(q_ends.tolist()), pairwise(k_ends.tolist()), strict=True):
+        assert end - first <= most_q and high - low <= most_k
+        q, k, v = (x.transpose(0, 1)[None] for x in (query[first:end], key[low:high], value[low:high]))
+        mask = torch.ones(end - first, high - low, dtype=torch.bool).tril(high - low - end + first)
+        parts.append(scaled_dot_product_attention(q, k, v, mask, enable_gqa=True, **how)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+class PackedOperators(ReferenceOperators):
+    packs = True
+
+    def prefill(self, queries: Tensor, pages: Tensor, prompts: Prompts, like: Heads, out: Tensor) -> None:
+        assert prompts.packed is not None
+        out.copy_(flash.attend(queries, pages, prompts.packed, like))
+
+
+@pytest.mark.parametrize("page_tokens", [16, 5])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_float32_is_eager_with_prompts_packed(
+    config: PreTrainedConfig, page_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flash, "varlen_attn", varlen)
+    eager = saved(config, tmp_path, std=0.1)
+    loaded = load(tmp_path, "cpu", "float32", page_tokens)
+    pool = Pool(loaded.layout, 1920 // page_tokens, "cpu")
+    pool.tensor.fill_(float("nan"))
+    runner = Runner(CudaForward(fused(loaded), PackedOperators(), pool), page_tokens)
     for found, wanted in pairs(runner, eager, [*PLANS, *LONG], page_tokens, pool.pages):
         torch.testing.assert_close(found, wanted, rtol=2e-5, atol=2e-5)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.engine.pages import PagePool
 from services.engine.spans import FreePages, runs
 
 
@@ -86,3 +88,38 @@ def test_prompts_find_neighbours_after_thousands_of_requests() -> None:
                     free.add(sequence)
                     live.remove(sequence)
     assert pages / messages > 16
+
+
+def test_prompts_find_neighbours_in_a_pool_full_of_cached_pages() -> None:
+    """Nothing is free but what is evicted: of just as many pages as are lacking, 1.2 would be in a run."""
+    rng, pool, live = random.Random(1), PagePool(4000, 16, keep_cached=True), list[list[int]]()
+    pages, messages, sealed = 0, 0, itertools.count()
+
+    def take(count: int) -> tuple[int, ...]:
+        taken = pool.allocate(count)
+        assert taken is not None
+        for page in taken:
+            pool.seal(page, next(sealed).to_bytes(16))
+        return taken
+
+    for step in range(2000):
+        while pool.counts.held + 260 < 3400:
+            prompt = take(rng.randint(16, 256))
+            live.append(list(prompt))
+            if step > 700:
+                pages, messages = pages + len(prompt), messages + sum(1 for _ in runs(prompt))
+        for sequence in list(live):
+            if rng.random() < 0.3:
+                sequence += take(1)
+                if rng.random() < 0.05:
+                    pool.release(sequence)
+                    live.remove(sequence)
+    pool.check()
+    assert pages / messages > 4
+
+
+def test_a_page_inside_a_free_run_is_not_freed_again() -> None:
+    free = FreePages(10)
+    with pytest.raises(AssertionError, match="free twice"):
+        free.add([5])
+    assert len(free) == 10

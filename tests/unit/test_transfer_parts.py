@@ -148,8 +148,8 @@ def test_places_refuse_what_is_not_a_pool() -> None:
 
 def test_a_spoiled_page_is_a_copy() -> None:
     pages = torch.zeros(2, 8, dtype=torch.uint8)
-    spoiled = Places(pages, SHARD).spoiled(pages.numpy().reshape(-1), 9)
-    assert spoiled.sum() == 1 and spoiled[9] == 1
+    spoiled = Places(pages, SHARD).spoiled(pages.numpy().reshape(-1), [9, 15])
+    assert spoiled.sum() == 2 and spoiled[9] == spoiled[15] == 1
     assert pages.sum() == 0
 
 

@@ -62,6 +62,7 @@ class CudaForward:
 
     def __init__(self, weights: Weights, operators: Operators, pool: Pool, most_batch: int = 0) -> None:
         self._body = Body(weights, operators, pool)
+        self._packs = operators.packs
         self._like = weights.like
         self._dtype, self._device = pool.tensor.dtype, pool.tensor.device
         self._graphs = Graphs(self._body, weights, pool, most_batch) if most_batch else None
@@ -72,4 +73,4 @@ class CudaForward:
         """Logits of the launch's `keep` rows `[draws, vocabulary]`, in the model's type: good until the next launch."""
         if self._graphs is not None and self._graphs.fits(launch):
             return self._graphs(launch)
-        return self._body(inputs(launch, self._like, self._dtype, self._device))
+        return self._body(inputs(launch, self._like, self._dtype, self._device, packs=self._packs))

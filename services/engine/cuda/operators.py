@@ -38,6 +38,23 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """What an attention that knows no pages needs of chunks of several tokens, on the device: chunk after chunk, the tokens each sees."""
+
+    pages: Tensor
+    """int64 `[K]`: of each token that is seen, the page it lies in."""
+    places: Tensor
+    """int64 `[K]`: where in it."""
+    row_ends: Tensor
+    """int32 `[chunks + 1]`: 0, and where each chunk's queries end."""
+    key_ends: Tensor
+    """The same of what it sees."""
+    most_rows: int
+    most_keys: int
+    """Of a chunk."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompts:
     """Chunks of several tokens, whose rows come first. int32, on the device."""
 
@@ -48,6 +65,8 @@ class Prompts:
     block_rows: int
     """Rows that a block computes: `BLOCK_ROWS` of the queries' type."""
     table: Tensor
+    packed: Packed | None = None
+    """For operators that ask for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +84,10 @@ class Singles:
 
 class Operators(Protocol):
     """`pages` is one layer's `[pages, 2, kv_heads, page_tokens, head_dim]`. Row counts are those of the tensors; nothing is read back."""
+
+    @property
+    def packs(self) -> bool:
+        """Whether prompts are wanted `packed`, too."""
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         """`x / rms(x) * weight` of `[T, hidden]`."""

@@ -15,6 +15,8 @@ from services.engine.cuda.operators import Heads, Prompts, Rows, Singles
 class ReferenceOperators:
     """See `Operators`."""
 
+    packs = False
+
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         return _norm(x, weight, epsilon).to(x.dtype)
 

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from services.engine.cuda import device, kernels
+from services.engine.cuda import device, flash, kernels
 from services.engine.cuda.operators import Heads, Prompts, Rows, Singles
 from services.engine.cuda.tiles import Cut, cut
 
@@ -46,6 +46,8 @@ class Ways:
     decode: Attention = Attention(64, 4, 3)
     prefill: Attention = Attention(64, 8, 3)
     """Two groups of four warps, each with half of a block's 128 rows: 64 is what a group's widest product takes (Hopper)."""
+    library: bool = False
+    """Attention of prompts in half precision by torch (`services/engine/cuda/flash.py`), not by our own kernel."""
 
 
 class TritonOperators:
@@ -53,6 +55,10 @@ class TritonOperators:
 
     def __init__(self, ways: Ways = Ways()) -> None:
         self._ways = ways
+
+    @property
+    def packs(self) -> bool:
+        return self._ways.library
 
     def norm(self, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         return self._norm(x, None, weight, epsilon)
@@ -120,6 +126,9 @@ class TritonOperators:
         return queries
 
     def prefill(self, queries: Tensor, pages: Tensor, prompts: Prompts, like: Heads, out: Tensor) -> None:
+        if self._ways.library and prompts.packed is not None and flash.takes(queries):
+            out.copy_(flash.attend(queries, pages, prompts.packed, like))
+            return
         tile = self._ways.prefill if queries.element_size() == 2 else FLOAT32
         kernels.prefill[(len(prompts.blocks), like.heads)](
             queries,
