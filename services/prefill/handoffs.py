@@ -7,7 +7,6 @@ deadline, failed push, rejected page, dead peer) ends that handoff and starts an
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
@@ -27,6 +26,7 @@ from common.messages import (
     Withdrawn,
 )
 from services.engine.binding import less_loaded
+from services.prefill.going import Going, Handoff
 from services.prefill.moves import Action, FinishPush, Flush, GivenUp, HandedOver, Push, ResetLink, Send
 from services.prefill.routing import Holders, Load, choose
 from services.transfer.protocol import PushFailed, Sent
@@ -42,50 +42,6 @@ ANSWER_S = 5.0
 """A live decode that has not judged pushed pages by then is given up."""
 FAILURES = 5
 """So many times pages of one execution are rejected, not sent or not judged: then it is given up, for another prefill may do better."""
-
-# --------------------------------------------------------------------------------------------------------------- state
-
-
-@dataclass(eq=False)
-class Handoff:
-    """One offer to one decode."""
-
-    number: int
-    peer: Incarnation
-    offer: Offer
-    offered_at: float
-    asked_at: float
-    in_line: bool = False
-    """The decode has said that it waits there."""
-    granted: Granted | None = None
-    pushed: int = 0
-    """Pages given to `Push`, from the first on."""
-    finished: bool = False
-    """All pages are given to `Push`. `Sent` or `PushFailed` follows: how long a busy link may take, only the transfer can judge."""
-    word: Pushed | None = None
-    """Said once all pages have left; repeated until judged."""
-    word_at: float = 0.0
-    flushed: bool = False
-
-
-@dataclass(eq=False)
-class Going:
-    """An execution on its way to a decode."""
-
-    key: Key
-    job: Job
-    length: int
-    hashes: list[bytes]
-    began_at: float
-    pages: tuple[int, ...] = ()
-    final_pages: int = 0
-    """Pages whose KV no chunk will touch again."""
-    first: Token | None = None
-    first_at: float = 0.0
-    handoff: Handoff | None = None
-    avoid: set[Incarnation] = field(default_factory=set)
-    failures: int = 0
-    """See FAILURES. Deaths and refusals do not count."""
 
 
 class Handoffs:
