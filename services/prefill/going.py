@@ -18,6 +18,8 @@ class Handoff:
     asked_at: float
     in_line: bool = False
     """The decode has said that it waits there."""
+    counted: bool = False
+    """And has beaten since: its beats count it as waiting."""
     granted: Granted | None = None
     pushed: int = 0
     """Pages given to `Push`, from the first on."""

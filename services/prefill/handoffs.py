@@ -62,7 +62,7 @@ class Handoffs:
         self._decodes: dict[Incarnation, Load] = {}
         """Those that take offers, as their last beat said."""
         self._uncounted: dict[Incarnation, set[int]] = {}
-        """Handoffs by decode that its last beat need not count yet."""
+        """Handoffs by decode of which its last beat need not say anything yet, or no more than that they wait (`Handoff.counted`)."""
         self._last = 0
         self.spared_pages = 0
         """Pages that were not sent because the decode held them, of handoffs that it has committed."""
@@ -88,6 +88,10 @@ class Handoffs:
         self._decodes[peer] = load
         # What it has granted, it counts: letters and beats keep their order. What is only offered may still be under way.
         self._uncounted[peer] = {number for number in self._uncounted.get(peer, ()) if self._ungranted(number)}
+        for number in self._uncounted[peer]:
+            handoff = self._by_number[number].handoff
+            if handoff is not None:
+                handoff.counted = handoff.in_line
         if not new:
             return []
         return [action for going in list(self._going.values()) if going.handoff is None for action in self._offer(going, now)]
@@ -266,7 +270,12 @@ class Handoffs:
     def _load(self, peer: Incarnation) -> Load:
         """What its beat said, and what we have sent its way meanwhile, committed or not: beats are too rare to spread a burst."""
         said = self._decodes[peer]
-        return Load(said.running + len(self._uncounted.get(peer, ())), said.free_pages)
+        ours = sum(not self._counted(number) for number in self._uncounted.get(peer, ()))
+        return Load(said.running + ours, said.free_pages)
+
+    def _counted(self, number: int) -> bool:
+        going = self._by_number.get(number)
+        return going is not None and going.handoff is not None and going.handoff.counted
 
     def _ungranted(self, number: int) -> bool:
         going = self._by_number.get(number)

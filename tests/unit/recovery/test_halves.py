@@ -268,6 +268,15 @@ def test_a_burst_is_spread_though_each_is_committed_before_the_next_beat(beginni
         assert ways._load(peer).running == took[peer], "counted by the beat, and no more by us"
 
 
+def test_an_offer_in_line_is_counted_once() -> None:
+    """The decode's beat counts what waits there as load; not as pages, of which none are reserved for it."""
+    ways = offering("d")
+    ways.letter("d", Waiting(1), 0.1)
+    assert ways._load("d").running == 1 and ways._room("d") == LOAD.free_pages - 1
+    ways.beat("d", Load(1, LOAD.free_pages), 0.5)
+    assert ways._load("d").running == 1 and ways._room("d") == LOAD.free_pages - 1
+
+
 def test_what_is_offered_is_counted_until_it_is_granted_and_a_beat_has_come() -> None:
     ways = offering("d")
     assert ways._load("d").running == 1
