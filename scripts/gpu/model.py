@@ -33,6 +33,8 @@ OUTPUT = 48
 PAGE_TOKENS = 16
 NEAR = {"float32": 2e-3, "bfloat16": 0.5}
 """A drawn token's logit may lie so far below the largest: rounding alone decides between such two."""
+LEAST_EQUAL = len(LENGTHS) - 2
+"""Answers that are the same a launch ahead as without: other company rounds otherwise, and may decide in one or two."""
 
 
 def results(model: str | None) -> Iterator[tuple[str, Any]]:
@@ -41,6 +43,7 @@ def results(model: str | None) -> Iterator[tuple[str, Any]]:
         for dtype in NEAR:
             for kernels in ("native", "torch"):
                 yield attempt(f"greedy, {kernels}, {dtype}", partial(greedy, path, dtype, kernels))  # type: ignore[arg-type]
+        yield attempt("a launch ahead", partial(ahead, path))
     yield attempt("draws", draws)
 
 
@@ -87,17 +90,31 @@ def greedy(path: Path, dtype: str, kernels: Kernels, device: str = "cuda") -> di
     return {"ok": worst <= NEAR[dtype], "positions": count, "equal": equal, "worst_behind": worst, "allowed_behind": NEAR[dtype]}
 
 
-def generate(runner: Runner, vocabulary: int, pages: int) -> list[Sequence]:
-    """Greedy outputs through the scheduler, as many launches under way as the runner likes. Prompts go in chunks, the last ones beside the
+@torch.inference_mode()
+def ahead(path: Path, device: str = "cuda") -> dict[str, Any]:
+    """Drawn answers with seeds, in float32: with a launch under way while the next is made, as without."""
+    loaded = load(path, device, "float32", PAGE_TOKENS)
+    pages = sum(-(-(length + OUTPUT) // PAGE_TOKENS) for length in LENGTHS)
+    computes = runner(place(loaded, "auto", most_batch=5)(Pool(loaded.layout, pages, device)), PAGE_TOKENS)
+    by_depth = []
+    for depth in (1, computes.depth):
+        sequences = generate(computes, loaded.vocabulary, pages, temperature=1.0, depth=depth)
+        by_depth.append([sequence.ids for sequence in sequences])
+    equal = sum(one == other for one, other in zip(*by_depth, strict=True))
+    return {"ok": equal >= LEAST_EQUAL, "depth": computes.depth, "answers": len(LENGTHS), "equal": equal}
+
+
+def generate(runner: Runner, vocabulary: int, pages: int, *, temperature: float = 0.0, depth: int | None = None) -> list[Sequence]:
+    """Outputs through the scheduler, as many launches under way as the runner likes. Prompts go in chunks, the last ones beside the
     first ones' decode steps; every second one ends at half the length."""
     random = torch.Generator().manual_seed(11)
     limits = Limits(budget_tokens=128, chunk_tokens=128, max_batch=len(LENGTHS))
-    scheduler = Scheduler(PagePool(pages, PAGE_TOKENS), "chunked", limits, depth=runner.depth)
+    scheduler = Scheduler(PagePool(pages, PAGE_TOKENS), "chunked", limits, depth=depth or runner.depth)
     sequences = []
     for number, length in enumerate(LENGTHS):
         ids = torch.randint(3, vocabulary, (length,), generator=random).tolist()
         due = OUTPUT if number % 2 else OUTPUT // 2
-        sequences.append(Sequence(Key(str(number), 0, 0, "e"), ids, length, Sampling(temperature=0), due))
+        sequences.append(Sequence(Key(str(number), 0, 0, "e"), ids, length, Sampling(seed=number, temperature=temperature), due))
         scheduler.submit(sequences[-1])
     under_way: deque[tuple[Plan, Any]] = deque()
     while True:

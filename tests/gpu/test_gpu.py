@@ -26,6 +26,13 @@ def test_greedy_ids_are_those_of_transformers(tmp_path) -> None:  # type: ignore
     assert found["ok"], found
 
 
+def test_a_launch_ahead_draws_the_same(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from scripts.gpu.model import ahead, random_model
+
+    found = ahead(random_model(tmp_path))
+    assert found["ok"] and found["depth"] == 2, found
+
+
 def test_draws_are_those_of_the_cpu() -> None:
     from scripts.gpu.model import draws
 

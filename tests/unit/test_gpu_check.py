@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from scripts.gpu import check
+from scripts.gpu import check, model
 from scripts.gpu.goodput import due
-from scripts.gpu.model import greedy, random_model
+from scripts.gpu.model import ahead, greedy, random_model
 from scripts.gpu.system import bounded
 from scripts.load.curve import Curve
 from scripts.load.targets import Hardware, variants
@@ -47,6 +49,14 @@ def test_an_unknown_failure_is_a_result() -> None:
     """On a machine without Triton or without a GPU every section fails, and says of what."""
     found = check.run([sys.executable, "-m", "scripts.gpu.section", "nothing"], 60)
     assert not found["ok"] and "scripts.gpu.nothing" in found["error"]
+
+
+def test_the_check_of_a_launch_ahead_sees_answers_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_model(tmp_path)
+    assert ahead(tmp_path, "cpu") == {"ok": True, "depth": 1, "answers": 7, "equal": 7}
+    drawn = count()
+    monkeypatch.setattr(model, "generate", lambda *_, **__: [SimpleNamespace(ids=[next(drawn)]) for _ in model.LENGTHS])
+    assert not ahead(tmp_path, "cpu")["ok"]
 
 
 def test_the_greedy_check_passes_what_is_right_and_fails_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
