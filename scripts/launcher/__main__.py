@@ -17,6 +17,7 @@ from common.errors import SettingError
 from scripts.launcher.cluster import Cluster, ClusterError, Shape, share_cores
 from scripts.launcher.model import ModelError, name_of, obtain
 from scripts.launcher.show import Credentials, Progress, credentials, stream_answer, timeline_table
+from services.engine.native import build
 
 QUESTION = "What is the capital of France?"
 HIDDEN = "all API keys stand as digests, so that nobody here can show one"
@@ -33,8 +34,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog="./scripts/demo", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--once", metavar="QUESTION", help="answer this, then stop")
     parser.add_argument("--model", help="folder, .gguf file or hub id; default: SmolLM2-135M-Instruct, fetched once")
-    parser.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill workers")
-    parser.add_argument("--decode", type=int, default=1, metavar="N", help="decode workers")
+    parser.add_argument("--prefill", type=int, metavar="N", help="prefill workers; default: 1")
+    parser.add_argument("--decode", type=int, metavar="N", help="decode workers; default: 1")
     parser.add_argument("--colocated", type=int, default=0, metavar="N", help="workers for both phases, instead of the two above")
     parser.add_argument("--gateways", type=int, default=1, metavar="N", help="gateways, on consecutive ports")
     parser.add_argument("--redis", metavar="URL", help="a Redis or Valkey; default: an embedded one")
@@ -47,11 +48,13 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--colocated and --max-tokens cannot be that small")
     if chosen.redis is not None and not chosen.redis.startswith(("redis://", "rediss://", "unix://")):
         parser.error("--redis must be like redis://:password@host:6379/0")
-    if chosen.colocated:
-        chosen.prefill = chosen.decode = 0
-    elif chosen.prefill < 1 or chosen.decode < 1:
+    if chosen.colocated and (chosen.prefill or chosen.decode):
+        parser.error("--colocated workers stand instead of --prefill and --decode")
+    usual = 0 if chosen.colocated else 1
+    chosen.prefill, chosen.decode = (usual if number is None else number for number in (chosen.prefill, chosen.decode))
+    if not chosen.colocated and (chosen.prefill < 1 or chosen.decode < 1):
         parser.error("at least one prefill and one decode are needed (or --colocated)")
-    if chosen.gateways < 1 or not 1 <= chosen.port <= 65535 - chosen.gateways:
+    if chosen.gateways < 1 or not 1 <= chosen.port <= 65536 - chosen.gateways:
         parser.error("at least one gateway, on a port from 1 to 65535")
     return chosen
 
@@ -97,10 +100,24 @@ def run(chosen: argparse.Namespace, say: Progress) -> int:
     workers = shape.prefill + shape.decode + shape.colocated
     if shape.device == "cpu" and len(set(share_cores(workers))) < workers:
         say(f"{workers} workers share fewer cores: expect them to wait for each other")
+    if shape.device == "cpu":
+        compile_kernels(say)
     with Cluster(shape, say) as cluster:
-        say(f"starting {', '.join(cluster.children)}")
-        cluster.start()
-        return serve(cluster, name, shown, chosen.once, chosen.max_tokens, say)
+        try:
+            say(f"starting {', '.join(cluster.children)}")
+            cluster.begin()
+            cluster.wait_ready()
+            return serve(cluster, name, shown, chosen.once, chosen.max_tokens, say)
+        except ClusterError as error:
+            raise ClusterError(f"{error}\nthe logs of all processes: {cluster.keep_logs()}") from error
+
+
+def compile_kernels(say: Progress) -> None:
+    """Those for this CPU, if they are not there: each worker would, and nobody would see it."""
+    if not (build.cache() / build.library_name(build.target())).exists() and build.compiler() is not None:
+        say("compiling the kernels for this CPU, once (about half a minute)")
+        with contextlib.suppress(build.Unavailable):  # a worker says why, and goes on without
+            build.library()
 
 
 def serve(cluster: Cluster, model: str, shown: Credentials, once: str | None, max_tokens: int, say: Progress) -> int:
@@ -119,12 +136,33 @@ def serve(cluster: Cluster, model: str, shown: Credentials, once: str | None, ma
         f'    -d \'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n',
         file=sys.stderr,
     )
-    while True:
-        for child in cluster.children.values():
-            if not child.alive:
-                print(f"{child.name} ended: {child.last_words()}", file=sys.stderr)
-                return 1
-        time.sleep(1.0)
+    ready: set[int] = set()
+    try:
+        while True:
+            revive(cluster, ready, say)
+            time.sleep(1.0)
+    except KeyboardInterrupt:
+        say("stopping; streams that are open may come to their end (Ctrl-C again: now)")
+        cluster.drain()
+        raise
+
+
+def revive(cluster: Cluster, ready: set[int], say: Progress) -> None:
+    """Start again what has ended. `ready`: process ids of those that were seen ready. Raises ClusterError for one that never was."""
+    for child in cluster.children.values():
+        if child.facts is not None:
+            ready.add(child.pid)
+        if not child.alive:
+            if child.pid not in ready:
+                raise ClusterError(child.ending())
+            say(f"{child.ending()}; starting it again")
+            cluster.restart(child.name, wait=False)
+    if cluster.valkey is not None and not cluster.valkey.alive:
+        say("the embedded Valkey has ended; starting it again, empty")
+        try:
+            cluster.valkey.start()
+        except TimeoutError as error:
+            raise ClusterError(str(error)) from error
 
 
 def answered(url: str, model: str, question: str, max_tokens: int, key: str | None, say: Progress) -> bool:

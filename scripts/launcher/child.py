@@ -73,12 +73,12 @@ class Child:
 
     def start(self, env: dict[str, str]) -> None:
         self.ready_file.unlink(missing_ok=True)
+        own_path = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
         words = [word for name, value in self.flags.items() for word in (f"--{name.replace('_', '-')}", value)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self.within, sys.executable, "-m", self.module, *words, "--ready-file", str(self.ready_file)],
-                cwd=ROOT,
-                env={**os.environ, **env, **self.env},
+                env={**os.environ, **env, **self.env, "PYTHONPATH": os.pathsep.join([str(ROOT), *own_path])},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -89,6 +89,13 @@ class Child:
     def signal(self, number: int) -> None:
         if self.alive:
             os.kill(self.pid, number)
+
+    def ending(self) -> str:
+        """How it ended, in words."""
+        status = self.process.poll() if self.process is not None else None
+        if status is not None and status < 0:
+            return f"{self.name} was killed by signal {-status}"
+        return f"{self.name} ended: {self.last_words()}"
 
     def last_words(self) -> str:
         """The last line of its log: why it ended."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import tempfile
 import time
@@ -135,7 +136,7 @@ class Cluster:
                     del waiting[name]
                     self._say(f"{name} ready after {time.monotonic() - started:.1f} s")
                 elif not child.alive:
-                    raise ClusterError(f"{name} ended: {child.last_words()}")
+                    raise ClusterError(child.ending())
             if waiting and time.monotonic() - started > timeout_s:
                 raise ClusterError(f"{', '.join(waiting)} not ready within {timeout_s:.0f} s")
             time.sleep(LOOK_S)
@@ -151,6 +152,22 @@ class Cluster:
         self.launch(self.children[name])
         if wait:
             self.wait_ready(name)
+
+    def drain(self) -> None:
+        """Gateways end first, for at most `STOP_S`: what they serve can come to its end while workers live."""
+        for child in self.gateways:
+            child.signal(signal.SIGTERM)
+        give_up = time.monotonic() + STOP_S
+        while any(child.alive for child in self.gateways) and time.monotonic() < give_up:
+            time.sleep(LOOK_S)
+
+    def keep_logs(self) -> Path:
+        """A copy of what every process has said, in a folder that stays."""
+        kept = Path(tempfile.mkdtemp(prefix="baton-logs-"))
+        for child in self.children.values():
+            if child.log.exists():
+                shutil.copy(child.log, kept)
+        return kept
 
     def stop(self) -> None:
         """Workers and gateways drain together; what does not end in time is killed."""

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
 from scripts.launcher import __main__ as demo
 from scripts.launcher.__main__ import options
-from scripts.launcher.cluster import Cluster, share_cores
+from scripts.launcher.child import Child
+from scripts.launcher.cluster import Cluster, ClusterError, share_cores
 from scripts.launcher.model import name_of
 from scripts.launcher.show import BAR, Credentials, Progress, credentials, timeline_table
 
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "other")
 
 
-BAD = ["--port 0", "--port 65535", "--gateways 0", "--prefill 0", "--decode 0", "--colocated -1", "--max-tokens 0", "--redis here:6379"]
-BAD += ["--device tpu", "--surprise"]
+BAD = ["--port 0", "--port 65536", "--gateways 0", "--prefill 0", "--decode 0", "--colocated -1", "--max-tokens 0", "--redis here:6379"]
+BAD += ["--device tpu", "--surprise", "--colocated 1 --decode 3"]
 
 
 @pytest.mark.parametrize("words", BAD)
@@ -99,15 +104,16 @@ DIGEST = f"alice:sha256:{'0' * 64}"
 
 
 class Ended:
-    """A cluster whose gateway has ended by the time somebody looks, so that serving comes to its end."""
+    """A cluster whose gateway has ended before it was ready, so that serving comes to its end."""
 
     urls = ("http://127.0.0.1:1",)
+    valkey = None
 
     class Child:
-        name, alive = "gateway-0", False
+        name, alive, pid, facts = "gateway-0", False, 7, None
 
-        def last_words(self) -> str:
-            return "bye"
+        def ending(self) -> str:
+            return "gateway-0 ended: bye"
 
     children = {"gateway-0": Child()}
 
@@ -118,10 +124,43 @@ def test_with_digests_only_the_demo_serves_and_asks_nothing(monkeypatch: pytest.
     assert shown == Credentials(True, None) and shown.hidden
     monkeypatch.setattr(demo, "wait_served", lambda url: None)
     said: list[str] = []
-    assert demo.serve(cast(Cluster, Ended()), "m", shown, None, 1, cast(Progress, said.append)) == 1
+    with pytest.raises(ClusterError, match="bye"):
+        demo.serve(cast(Cluster, Ended()), "m", shown, None, 1, cast(Progress, said.append))
     assert "stand as digests" in said[0] and "serving m" in said[1]
     captured = capsys.readouterr()
     assert "Authorization: Bearer KEY" in captured.err and "no answer" not in captured.err
+
+
+SLEEPER = """
+import json, os, sys, time
+open(sys.argv[sys.argv.index("--ready-file") + 1], "w").write(json.dumps({"pid": os.getpid()}))
+time.sleep(60)
+"""
+
+
+def test_what_is_killed_is_started_again_and_what_never_was_ready_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    child, said, ready = Child("decode-1", "decode", "sleeper", {}, tmp_path), list[str](), set[int]()
+    child.start({})
+    cluster = SimpleNamespace(children={"decode-1": child}, valkey=None, restart=lambda name, wait: child.start({}))
+    look = partial(demo.revive, cast(Cluster, cluster), ready, cast(Progress, said.append))
+    try:
+        for _ in range(2):
+            while child.facts is None:
+                time.sleep(0.01)
+            look()
+            child.signal(signal.SIGKILL)
+            child.process.wait()  # type: ignore[union-attr]
+            look()
+        assert child.alive and said == ["decode-1 was killed by signal 9; starting it again"] * 2
+    finally:
+        child.process.kill()  # type: ignore[union-attr]
+        child.process.wait()  # type: ignore[union-attr]
+    child.process = subprocess.Popen([sys.executable, "-c", ""])
+    child.process.wait()
+    with pytest.raises(ClusterError, match="decode-1 ended"):
+        look()
 
 
 def test_with_digests_only_one_answer_is_refused_before_anything_starts(
