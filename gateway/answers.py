@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -24,7 +24,7 @@ from gateway.metrics import Metrics
 from gateway.parameters import Limits, Wish, parse
 from gateway.prompts import Model
 from gateway.replies import Form, error_body, server_timing, timeline_body, usage_body
-from gateway.speech import Broken, Piece, Speech
+from gateway.speech import Broken, Piece, Speech, Usage
 from gateway.sse import DONE, KEEP_ALIVE_S, EventStream, event, gone
 from gateway.tab import Tab
 
@@ -191,18 +191,14 @@ async def _events(
         speeches = said.chorus.speeches
         for choice in range(len(speeches)):
             if (opening := form.opening(choice)) is not None:
-                yield event(opening)
+                yield event({**opening, **_usage(wish, replace(said.chorus.usage, completion_tokens=0))})
         words: Words | None = await first
         while words is not None:
             choice, piece = words
             chunk = form.chunk(choice, piece)
             if piece.finish is not None and wish.timeline:
                 chunk["baton"] = timeline_body(speeches[choice].timeline.settled())
-            if wish.running_usage:
-                chunk["usage"] = usage_body(said.chorus.usage)
-            elif wish.include_usage:
-                chunk["usage"] = None
-            yield event(chunk)
+            yield event({**chunk, **_usage(wish, said.chorus.usage)})
             words = await anext(pieces, None)
         if wish.include_usage:
             yield event(form.last(said.chorus.usage))
@@ -213,6 +209,13 @@ async def _events(
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
         await pieces.aclose()
+
+
+def _usage(wish: Wish, usage: Usage) -> dict[str, Any]:
+    """What a chunk that is not the last one says of it: so far, or null, or nothing, as the client wishes."""
+    if wish.running_usage:
+        return {"usage": usage_body(usage)}
+    return {"usage": None} if wish.include_usage else {}
 
 
 async def _next(pieces: AsyncGenerator[Words, None]) -> Words:

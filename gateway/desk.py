@@ -198,7 +198,8 @@ class LiveDesk:
         now, load, workers = time.monotonic(), self._ledger.load(), self.workers.values()
         if len(self._ledger) + ask.n > self._max_running or self._ledger.queued >= self._max_queued:
             wait_s, _ = self._forecast.ttft_s(ask.job_class, 0, load, workers)
-            raise Overloaded("too many requests are waiting", retry_after_s=min(MOST_WAIT_S, wait_s))
+            full = "too many requests are running or waiting at this gateway: try again after Retry-After seconds"
+            raise Overloaded(full, retry_after_s=min(MOST_WAIT_S, wait_s))
         self._forecast.check(ask, load, workers, now, identity.page_tokens)
 
     # ------------------------------------------------------------------------------------------------------- its tasks

@@ -103,15 +103,19 @@ class Forecast:
         beats = list(workers)
         tokens = len(ask.prompt)
         ahead_s, own_s = self.ttft_s(ask.job_class, tokens, load, beats)
-        late_s = ahead_s + own_s - min(self.bounds.ttft_s, ask.deadline_s)
-        self._refuse(min(late_s, ahead_s), "its first token would come too late")
+        predicted_s, allowed_s = ahead_s + own_s, min(self.bounds.ttft_s, ask.deadline_s)
+        late = f"the first token is predicted in {predicted_s:.2f} s, {allowed_s:g} s are allowed"
+        self._refuse(min(predicted_s - allowed_s, ahead_s), late)
         writers = [beat for beat in beats if beat.role != "prefill" and not beat.draining]
         room_s = self._room_s(load.unplaced_tokens + tokens, writers, now, page_tokens)
-        self._refuse(room_s - self.bounds.ttft_s, "its pages would not be free in time")
+        self._refuse(
+            room_s - self.bounds.ttft_s, f"free pages for it are predicted in {room_s:.2f} s, {self.bounds.ttft_s:g} s are allowed"
+        )
         if self.bounds.tpot_s is not None:
             over = self._over(ask.n + load.unplaced, writers, self.bounds.tpot_s)
             rate = self._answers.value(now)
-            self._refuse((over / rate if rate > 0 else MOST_WAIT_S) if over > 0 else 0.0, "its tokens would come too slowly")
+            slow = f"its tokens are predicted to come more slowly than the {self.bounds.tpot_s:g} s each that are allowed"
+            self._refuse((over / rate if rate > 0 else MOST_WAIT_S) if over > 0 else 0.0, slow)
 
     def _room_s(self, tokens: int, writers: list[WorkerBeat], now: float, page_tokens: int) -> float:
         """Until the decodes have pages for all that is on its way to them."""
@@ -133,4 +137,4 @@ class Forecast:
     @staticmethod
     def _refuse(wait_s: float, why: str) -> None:
         if wait_s > 0:
-            raise Overloaded(f"too many requests are waiting: {why}", retry_after_s=min(MOST_WAIT_S, wait_s))
+            raise Overloaded(f"{why}: try again after Retry-After seconds", retry_after_s=min(MOST_WAIT_S, wait_s))

@@ -163,8 +163,11 @@ def _allowance(options: list[str], setting: str, where: str) -> Allowance:
     limits: dict[str, int] = {}
     for option in options:
         name, equals, number = option.partition("=")
+        if name in limits:
+            raise SettingError(f"{setting}: {name} is said twice in {where}")
         if name in LIMITS and equals and number.isascii() and number.isdigit() and len(number) <= 10 and 1 <= int(number) <= MOST:
             limits[name] = int(number)
         elif option != "priority":
-            raise SettingError(f"{setting}: what follows the key in {where} must be of {', '.join(f'{n}=N' for n in LIMITS)} and priority")
+            known = ", ".join(f"{limit}=N" for limit in LIMITS)
+            raise SettingError(f"{setting}: what follows the key in {where} must be of {known} (N from 1 to {MOST}) and priority")
     return Allowance(**limits, priority="priority" in options)

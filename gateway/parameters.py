@@ -6,9 +6,8 @@ What Baton does not support yet is refused by name; fields that clients send at 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from common.errors import BadRequest
 from common.messages import Sampling
@@ -29,22 +28,26 @@ LEAST_TEMPERATURE = 1e-5
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's default for completions."""
 
-HARMLESS: dict[str, Callable[[Any], bool]] = {
-    "user": lambda v: isinstance(v, str),
-    "store": lambda v: v is False,
-    "metadata": lambda v: isinstance(v, dict),
-    "parallel_tool_calls": lambda v: isinstance(v, bool),
-    "safety_identifier": lambda v: isinstance(v, str),
-    "prompt_cache_key": lambda v: isinstance(v, str),
-    "response_format": lambda v: v == {"type": "text"},
-    "modalities": lambda v: v == ["text"],
-    "suffix": lambda v: v == "",
-    "tools": lambda v: v == [],
-    "functions": lambda v: v == [],
-    "tool_choice": lambda v: v == "none",
-    "function_call": lambda v: v == "none",
+Kind: TypeAlias = tuple[str, type | tuple[type, ...]]
+"""A JSON type in words and in Python."""
+TEXT, FLAG, OBJECT, LIST = ("a string", str), ("true or false", bool), ("an object", dict), ("a list", list)
+CHOICE: Kind = ("a string or an object", (str, dict))
+HARMLESS: dict[str, tuple[Kind, Any]] = {
+    "user": (TEXT, None),
+    "store": (FLAG, False),
+    "metadata": (OBJECT, None),
+    "parallel_tool_calls": (FLAG, None),
+    "safety_identifier": (TEXT, None),
+    "prompt_cache_key": (TEXT, None),
+    "response_format": (OBJECT, {"type": "text"}),
+    "modalities": (LIST, ["text"]),
+    "suffix": (TEXT, ""),
+    "tools": (LIST, []),
+    "functions": (LIST, []),
+    "tool_choice": (CHOICE, "none"),
+    "function_call": (CHOICE, "none"),
 }
-"""Fields without effect here, with the values that are accepted; every other value is refused as not supported."""
+"""Fields without effect here: what they must be, and the only value that is let through. None: any."""
 UNSUPPORTED = frozenset({"audio", "prediction", "reasoning_effort", "web_search_options", "verbosity", "logits_processors", "guided_json"})
 SHARED = frozenset(
     {
@@ -152,12 +155,20 @@ def _known(fields: dict[str, Any], allowed: frozenset[str]) -> None:
     for name, value in fields.items():
         if name in allowed:
             continue
-        harmless = HARMLESS.get(name)
-        if harmless is not None and harmless(value):
-            continue
-        if harmless is not None or name in UNSUPPORTED or name in CHAT | COMPLETION:
-            raise BadRequest(f"{name} is not supported here with this value", param=name, code="unsupported_parameter")
-        raise BadRequest(f"{name} is not a parameter of this endpoint", param=name, code="unknown_parameter")
+        if name in HARMLESS:
+            _harmless(name, value)
+        elif name in UNSUPPORTED or name in CHAT | COMPLETION:
+            raise BadRequest(f"{name} is not supported here", param=name, code="unsupported_parameter")
+        else:
+            raise BadRequest(f"{name} is not a parameter of this endpoint", param=name, code="unknown_parameter")
+
+
+def _harmless(name: str, value: Any) -> None:
+    (words, kind), only = HARMLESS[name]
+    if not isinstance(value, kind):
+        raise BadRequest(f"{name} must be {words}", param=name)
+    if only is not None and value != only:
+        raise BadRequest(f"{name} is not supported here with this value", param=name, code="unsupported_parameter")
 
 
 # -------------------------------------------------------------------------------------------------------------- answers

@@ -43,10 +43,12 @@ def server_timing(timeline: Timeline) -> str:
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
-    """With `prompt_tokens_details` only where there is something to tell."""
-    total = usage.prompt_tokens + usage.completion_tokens
-    details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}} if usage.cached_tokens else {}
-    return {"prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens, "total_tokens": total, **details}
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
 
 
 def timeline_body(timeline: Timeline) -> dict[str, Any]:

@@ -62,8 +62,12 @@ def _parts() -> dict[str, Schema]:
     error = {"message": TEXT, "type": TEXT, "param": MAYBE_TEXT, "code": MAYBE_TEXT}
     return {
         "Usage": made(
-            {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT},
-            {"prompt_tokens_details": made({}, {"cached_tokens": COUNT})},
+            {
+                "prompt_tokens": COUNT,
+                "completion_tokens": COUNT,
+                "total_tokens": COUNT,
+                "prompt_tokens_details": made({"cached_tokens": COUNT}),
+            }
         ),
         "ChatLogprobs": made({"content": several(made({**token, "top_logprobs": several(made(token))})), "refusal": {"type": "null"}}),
         "Logprobs": made(

@@ -109,7 +109,7 @@ def _shared(model: Model, deadline_s: float) -> dict[str, Schema]:
             "type": "string",
             "enum": ["interactive", "batch"],
             "default": "interactive",
-            "description": "A batch request is served when nobody else waits (Baton's own)",
+            "description": "A batch request is begun when nobody else waits; a begun prompt is read to its end (Baton's own)",
         },
         "service_tier": {
             "type": "string",

@@ -14,7 +14,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,7 +45,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", choices=get_args(Kind), default=[], metavar="KIND", help=f"of {', '.join(get_args(Kind))}"
     )
-    parser.add_argument("--victim", action="append", default=[], metavar="NAME", help="nobody else is struck, like decode-0")
+    parser.add_argument("--victim", action="append", default=[], metavar="NAME", help="nobody else is struck, like decode-0 or redis")
     parser.add_argument("--rolling", action="store_true", help="instead: every process drained and started again, one after the other")
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second")
     parser.add_argument("--workload", default="chatbot", help="whose lengths are asked")
@@ -62,11 +61,20 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     chosen = parser.parse_args(argv)
     if min(chosen.minutes, chosen.every, chosen.rate, chosen.length_scale, chosen.prefill, chosen.decode, chosen.gateways) <= 0:
         parser.error("minutes, rates and counts must be above 0")
+    names = everybody(chosen)
+    if unknown := [name for name in chosen.victim if name not in names]:
+        parser.error(f"--victim {unknown[0]}: there are {', '.join(names)}")
     if chosen.prefix_reuse is None:
         chosen.prefix_reuse = chosen.seed % 2 == 0
     if chosen.transport is None:
         chosen.transport = "tcp" if chosen.seed % 3 == 0 else "any"
     return chosen
+
+
+def everybody(chosen: argparse.Namespace) -> list[str]:
+    """The names of all processes."""
+    counts = {"prefill": chosen.prefill, "decode": chosen.decode, "gateway": chosen.gateways}
+    return [*(f"{role}-{number}" for role, count in counts.items() for number in range(count)), "redis"]
 
 
 def shape(model: Path, chosen: argparse.Namespace) -> Shape:
@@ -91,15 +99,10 @@ def shape(model: Path, chosen: argparse.Namespace) -> Shape:
 
 def strikes(chosen: argparse.Namespace, system: System) -> list[Strike]:
     if chosen.rolling:
-        names = [*system.cluster.children, "redis"]
+        names = [name for name in (*system.cluster.children, "redis") if not chosen.victim or name in chosen.victim]
         return rolling(names, 10.0, (60 * chosen.minutes - 10.0 - CALM_S) / len(names))
-
-    def spared(names: Iterable[str]) -> list[str]:
-        return [name for name in names if not chosen.victim or name in chosen.victim]
-
-    cluster = system.cluster
-    workers, gateways = spared(child.name for child in cluster.workers), spared(child.name for child in cluster.gateways)
-    possible = Possible(workers, gateways, spared(system.cuttable), spared(system.clocked))
+    workers, gateways = ([child.name for child in children] for children in (system.cluster.workers, system.cluster.gateways))
+    possible = Possible(workers, gateways, system.cuttable, system.clocked, victims=chosen.victim)
     return plan(chosen.seed, 60 * chosen.minutes - CALM_S, chosen.every, possible, chosen.only)
 
 

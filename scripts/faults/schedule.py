@@ -67,8 +67,13 @@ class Possible:
     clocks: Sequence[str] = ()
     empties: bool = True
     """Redis may lose its data."""
+    victims: Sequence[str] = ()
+    """Nobody else is struck; none: everybody may be."""
 
     def targets(self, kind: Kind) -> Sequence[str]:
+        return [name for name in self._all(kind) if not self.victims or name in self.victims]
+
+    def _all(self, kind: Kind) -> Sequence[str]:
         match kind:
             case "kill" | "stop" | "drain":
                 return self.workers

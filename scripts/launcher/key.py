@@ -11,10 +11,16 @@ from gateway.keys import HASH, NAME, digest, given_keys
 KEY_BYTES = 24
 
 
+USAGE = "usage: ./scripts/key NAME [running=N] [requests=N] [tokens=N] [priority]"
+
+
 def main(words: list[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        print(USAGE)
+        return 0
     name, *options = words or [""]
-    if not NAME.fullmatch(name):
-        print("usage: ./scripts/key NAME [running=N] [requests=N] [tokens=N] [priority]", file=sys.stderr)
+    if not NAME.fullmatch(name) or name.startswith("-"):
+        print(f"{USAGE}; a name has letters, digits, dots, dashes and underscores, and begins with no dash", file=sys.stderr)
         return 2
     key = secrets.token_hex(KEY_BYTES)
     line = " ".join([f"{name}:{HASH}:{digest(key).hex()}", *options])

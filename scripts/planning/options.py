@@ -11,6 +11,7 @@ from common.slo import Objectives
 from scripts.launcher.__main__ import Parser
 from scripts.load.judge import fixed
 from scripts.load.workloads import NAMED
+from scripts.outputs import obstacle
 from services.planner import paper
 
 BUILT_IN = "distserve-a100-opt-13b"
@@ -83,4 +84,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--share must lie between 0 and 1, --cv not below 0, --context above 2")
     if min(one for one in (chosen.rate, chosen.length_scale, 1.0) if one is not None) <= 0:
         parser.error("--rate and --length-scale must be above 0")
+    if not chosen.out.name:
+        parser.error("--out must name files, without their ends")
+    written = () if chosen.paper else (".png",) if chosen.against else (".json", ".yml") if chosen.no_curve else (".json", ".yml", ".png")
+    for end in written:
+        if reason := obstacle(chosen.out.with_suffix(end)):
+            parser.error(f"--out {reason}")
     return chosen

@@ -20,8 +20,10 @@ import torch
 
 from common.errors import SettingError, StartError
 from common.settings import Device, DType, Kernels, cores
+from scripts.launcher.__main__ import Parser
 from scripts.launcher.model import ModelError, obtain
 from scripts.launcher.show import Progress
+from scripts.outputs import obstacle
 from scripts.trials import peers as http
 from services.engine.bench.measure import Options, measure
 from services.engine.bench.report import Report, table
@@ -79,9 +81,7 @@ def _peer(text: str) -> tuple[str, str]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="./scripts/engine_bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="./scripts/engine_bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder, GGUF file or hub id [the small default model]")
     parser.add_argument("--device", choices=typing.get_args(Device), default="cpu")
     parser.add_argument("--dtype", choices=typing.get_args(DType), default="auto")
@@ -94,7 +94,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peer", action="append", default=[], metavar="NAME=URL", help="a server with OpenAI's API and the same model; may repeat"
     )
-    return parser.parse_args()
+    chosen = parser.parse_args()
+    for path in (chosen.json, chosen.profile):
+        if reason := obstacle(path):
+            parser.error(reason)
+    return chosen
 
 
 if __name__ == "__main__":

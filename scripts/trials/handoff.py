@@ -6,7 +6,6 @@ lengths, one request at a time; medians. Then the same system with prefix reuse:
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import statistics
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 import httpx
 
-from scripts.launcher.__main__ import wait_served
+from scripts.launcher.__main__ import Parser, wait_served
 from scripts.launcher.cluster import Cluster, Shape
 from scripts.launcher.model import obtain
 from scripts.launcher.show import Progress
@@ -56,9 +55,11 @@ async def measure(url: str, prompt: list[int], repeats: int, model: str = MODEL)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="./scripts/handoff_bench", description=__doc__)
+    parser = Parser(prog="./scripts/handoff_bench", description=__doc__)
     parser.add_argument("--repeats", type=int, default=9)
     chosen = parser.parse_args()
+    if chosen.repeats < 1:
+        parser.error("--repeats must be at least 1")
     say = Progress()
     with served(say, prefix_reuse="false") as cluster:  # every repeat hands over the same prompt
         prompts = sorted((one["prompt"] for one in references()), key=len)

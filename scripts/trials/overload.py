@@ -166,7 +166,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--times", type=float, default=10.0, help="the flood's rate, in peaks")
     parser.add_argument("--seconds", type=float, default=120.0, help="of the flood")
     parser.add_argument("--after", type=float, default=20.0, help="seconds that are watched after it")
-    parser.add_argument("--rate", type=float, help=f"first rate of the climb, requests/s; by default the prefill is busy {USED:.0%}")
+    parser.add_argument("--rate", type=float, help=f"first rate of the climb, requests/s; by default the prefill is busy {USED:.0%}%")
     parser.add_argument("--climb", type=float, default=20.0, help="seconds at each rate of the climb, at least")
     parser.add_argument("--steps", type=int, default=10, help="most rates of the climb")
     parser.add_argument("--ttft", type=float, help=f"objective, seconds; by default {TTFT_SCALE:g} times what an idle system takes")

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from common.messages import Shard
 from services.transfer.runs import RUN_BYTES, most_pages
@@ -221,14 +221,44 @@ def _received(results: Connection) -> Any:
         return None
 
 
-def main() -> None:
-    options = argparse.ArgumentParser(prog="transfer_bench", description="Pages over UCX between two processes, against memcpy.")
-    options.add_argument("--page-bytes", type=int, default=PAGE_BYTES, help="bytes of a page [%(default)s, SmolLM2-135M in bf16]")
-    options.add_argument("--run-bytes", type=int, help="most of a message of several pages; 0: each by itself [as in service]")
-    options.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="[4 KiB to 256 MiB]")
-    options.add_argument("--repeats", type=int, default=15, help="of each measurement [%(default)s]")
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _number(least: int, multiple: int = 1) -> Callable[[str], int]:
+    """Of an option: no less, and a multiple."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}")
+        if value % multiple:
+            raise argparse.ArgumentTypeError(f"must be a multiple of {multiple}")
+        return value
+
+    return number
+
+
+def _arguments() -> argparse.Namespace:
+    options = Parser(prog="transfer_bench", description="Pages over UCX between two processes, against memcpy.")
+    options.add_argument("--page-bytes", type=_number(4, 4), default=PAGE_BYTES, help="bytes of a page [%(default)s, SmolLM2-135M in bf16]")
+    options.add_argument("--run-bytes", type=_number(0), help="most of a message of several pages; 0: each by itself [as in service]")
+    options.add_argument("--sizes", type=_number(4), nargs="+", default=SIZES, metavar="BYTES", help="[4 KiB to 256 MiB]")
+    options.add_argument("--repeats", type=_number(1), default=15, help="of each measurement [%(default)s]")
     options.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the pages lie [%(default)s]")
     chosen = options.parse_args()
+    if chosen.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            options.error("device is cuda, but torch sees no CUDA device")
+    return chosen
+
+
+def main() -> None:
+    chosen = _arguments()
     run_bytes = RUN_BYTES[chosen.device] if chosen.run_bytes is None else chosen.run_bytes
     found = measure(plan(tuple(chosen.sizes), chosen.page_bytes, chosen.repeats, run_bytes), chosen.device)
     if found.error is not None:

@@ -182,6 +182,26 @@ def test_the_async_client_too(served: Served) -> None:
     assert asyncio.run(talk()) == SENTENCE
 
 
+@pytest.mark.parametrize("choices", [1, 2])
+def test_every_chunk_but_the_last_says_that_usage_is_null(served: Served, choices: int) -> None:
+    asked = {"model": NAME, "messages": PARIS, "n": choices, "stream": True, "stream_options": {"include_usage": True}}
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=asked, timeout=PATIENCE_S)
+    *chunks, last, done = events(answer.text)
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant" and done == "[DONE]"
+    assert all("usage" in chunk and chunk["usage"] is None for chunk in chunks)
+    assert last["choices"] == [] and last["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+@pytest.mark.parametrize("before_s", [0.0, 0.05])
+def test_usage_so_far_begins_with_the_prompt_alone(served: Served, before_s: float) -> None:
+    say(served, ids=[300, 301], before_s=before_s)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    asked = {"model": NAME, "messages": PARIS, "stream": True, "stream_options": options}
+    answer = httpx.post(f"{served.url}/v1/chat/completions", json=asked, timeout=PATIENCE_S)
+    first = events(answer.text)[0]["usage"]
+    assert first["completion_tokens"] == 0 and first["total_tokens"] == first["prompt_tokens"] == len(served.desk.asks[-1].prompt)
+
+
 def test_usage_so_far_in_every_chunk(client: openai.OpenAI) -> None:
     """As load generators made for vLLM ask for it."""
     options = {"include_usage": True, "continuous_usage_stats": True}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +44,22 @@ def test_what_cannot_be_done_is_not_planned() -> None:
     assert not kinds & {"cut", "clock_step", "gateway_kill", "gateway_drain", "redis_empty"} and "gateway_stop" in kinds
     assert {strike.kind for strike in plan(1, 500, 5, EVERYBODY, ["cut"])} == {"cut"}
     assert plan(1, 500, 5, few, ["cut"]) == []
+
+
+@pytest.mark.parametrize("victim", ["decode-0", "gateway-1", "redis"])
+def test_nobody_but_the_victim_is_struck(victim: str) -> None:
+    """Redis was, and poison strikes whoever takes it."""
+    strikes = plan(1, 5000, 5, replace(EVERYBODY, victims=[victim]))
+    assert len(strikes) > 900 and {strike.target for strike in strikes} == {victim}
+
+
+def test_a_victim_must_be_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert options(["--victim", "decode-1", "--victim", "redis", "--victim", "gateway-0"]).victim == ["decode-1", "redis", "gateway-0"]
+    with pytest.raises(SystemExit) as end:
+        options(["--decode", "1", "--victim", "decode-1"])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "--victim decode-1: there are prefill-0, prefill-1, decode-0, gateway-0" in err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_rolling_restart_drains_everybody_once() -> None:

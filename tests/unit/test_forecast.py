@@ -47,13 +47,20 @@ def test_the_first_token_comes_after_all_tokens_ahead() -> None:
 
 def test_who_would_come_too_late_is_told_when_it_would_not() -> None:
     forecast = Forecast(Bounds(2.0, None))
-    with pytest.raises(Overloaded, match="first token would come too late") as refused:
+    with pytest.raises(Overloaded, match=r"first token is predicted in 3\.10 s, 2 s are allowed") as refused:
         forecast.check(ask(), waiting(interactive=3000), [prefill(), decode(1000)], 0.0, PAGE)
     assert refused.value.retry_after_s == pytest.approx(1.1)
     forecast.check(ask(), waiting(interactive=1900), [prefill(), decode(1000)], 0.0, PAGE)
     forecast.check(ask(job_class="priority"), waiting(interactive=3000), [prefill(), decode(1000)], 0.0, PAGE)
-    with pytest.raises(Overloaded):
+    with pytest.raises(Overloaded, match=r"1\.10 s, 0\.5 s are allowed"):
         forecast.check(ask(deadline_s=0.5), waiting(interactive=1000), [prefill(), decode(1000)], 0.0, PAGE)
+
+
+def test_one_long_prompt_being_read_is_not_called_many_waiting() -> None:
+    with pytest.raises(Overloaded) as refused:
+        Forecast(Bounds(2.0, None)).check(ask(), IDLE, [prefill(backlog=5000), decode()], 0.0, PAGE)
+    assert refused.value.message == "the first token is predicted in 5.10 s, 2 s are allowed: try again after Retry-After seconds"
+    assert (refused.value.status, refused.value.code) == (429, "overloaded")
 
 
 def test_a_request_that_nothing_waits_before_is_accepted_however_long_it_is() -> None:
@@ -74,7 +81,7 @@ def test_after_the_wait_the_same_request_is_accepted(ahead: int, own: int, rate:
 def test_room_is_waited_for_as_long_as_answers_take_to_give_it_back() -> None:
     forecast = Forecast(Bounds(2.0, None))
     full = Load({}, 160 * PAGE, 20)
-    with pytest.raises(Overloaded, match="pages would not be free") as refused:
+    with pytest.raises(Overloaded, match=r"free pages for it are predicted in 36\.60 s, 2 s are allowed") as refused:
         forecast.check(ask(16), full, [prefill(), decode(100)], 100.0, PAGE)
     assert refused.value.retry_after_s == pytest.approx(61 / (100 / TURNOVER_S) - 2.0)
     for second in range(100, 130):
@@ -94,7 +101,7 @@ def test_no_more_answers_than_the_pace_allows(running: list[int], accepted: bool
     if accepted:
         forecast.check(ask(), IDLE, workers, 0.0, PAGE)
     else:
-        with pytest.raises(Overloaded, match="too slowly") as refused:
+        with pytest.raises(Overloaded, match=r"more slowly than the 0\.03 s") as refused:
             forecast.check(ask(), IDLE, workers, 0.0, PAGE)
         assert refused.value.retry_after_s == MOST_WAIT_S, "nothing has ended yet"
         for second in range(10):

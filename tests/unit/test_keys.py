@@ -109,6 +109,27 @@ def test_a_made_key_is_admitted_by_its_line(tmp_path: Path) -> None:
         assert again.returncode == 2 and len(again.stderr.strip().splitlines()) == 1 and not again.stdout
 
 
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["alice", "--help"]], ids=str)
+def test_who_asks_for_help_gets_no_key(words: list[str]) -> None:
+    made = subprocess.run([ROOT / "scripts/key", *words], capture_output=True, text=True)
+    assert (made.returncode, made.stderr) == (0, "") and made.stdout.startswith("usage: ./scripts/key NAME")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--version"], "begins with no dash"),
+        (["x", "requests=0"], "N from 1 to"),
+        (["x", "tokens=-3"], "N from 1 to"),
+        (["alice", "requests=5", "requests=6"], "requests is said twice"),
+    ],
+    ids=str,
+)
+def test_no_key_is_made_for_a_slip(words: list[str], told: str) -> None:
+    made = subprocess.run([ROOT / "scripts/key", *words], capture_output=True, text=True)
+    assert (made.returncode, made.stdout) == (2, "") and told in made.stderr and len(made.stderr.splitlines()) == 1
+
+
 MISTAKES = [
     (",", "api_keys holds no key"),
     ("short", "entry 1 has less than 16 characters"),

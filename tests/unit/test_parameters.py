@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from common.errors import BadRequest, NotFound, RequestError
 from common.messages import Sampling
 from gateway.ask import Ask
-from gateway.parameters import COMPLETION, Limits, Wish, parse
+from gateway.parameters import COMPLETION, HARMLESS, Limits, Wish, parse
 from gateway.prompts import Model
 
 NAME = "m"
@@ -332,6 +332,31 @@ def test_bad_completion(model: Model, fields: dict[str, Any], param: str) -> Non
         complete(model, **fields)
     assert refused.value.param == param
     assert param.partition(".")[0] in refused.value.message
+
+
+WORDS = {
+    **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key", "suffix"), "a string"),
+    **dict.fromkeys(("store", "parallel_tool_calls"), "true or false"),
+    **dict.fromkeys(("metadata", "response_format"), "an object"),
+    **dict.fromkeys(("modalities", "tools", "functions"), "a list"),
+    **dict.fromkeys(("tool_choice", "function_call"), "a string or an object"),
+}
+
+
+def test_a_wrong_type_of_an_ignored_field_is_said(model: Model) -> None:
+    assert set(WORDS) == set(HARMLESS)
+    for name, words in WORDS.items():
+        with pytest.raises(BadRequest, match=f"^{name} must be {words}$") as mistyped:
+            chat(model, **{name: 5})
+        assert (mistyped.value.param, mistyped.value.code) == (name, None)
+
+
+def test_a_value_that_is_not_supported_is_no_wrong_type(model: Model) -> None:
+    wrong: dict[str, Any] = {"store": True, "tools": [{}], "tool_choice": {}, "response_format": {"type": "json_object"}}
+    for name, value in wrong.items():
+        with pytest.raises(BadRequest, match=f"^{name} is not supported here with this value$") as refused:
+            chat(model, **{name: value})
+        assert refused.value.code == "unsupported_parameter"
 
 
 def test_ranges_are_said(model: Model) -> None:

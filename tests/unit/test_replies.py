@@ -187,8 +187,9 @@ def test_a_timeline_never_shows_a_stage_below_zero_and_still_adds_up() -> None:
     assert settled.other_s == pytest.approx(0.0) and settled.prefill_queue_s == pytest.approx(0.007)
 
 
-def test_usage_tells_of_cached_tokens_only_where_there_are_any() -> None:
-    assert usage_body(Usage(5, 2)) == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+def test_usage_always_tells_of_cached_tokens() -> None:
+    counts = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+    assert usage_body(Usage(5, 2)) == {**counts, "prompt_tokens_details": {"cached_tokens": 0}}
     assert usage_body(Usage(40, 2, 32))["prompt_tokens_details"] == {"cached_tokens": 32}
 
 

@@ -110,6 +110,16 @@ def test_options() -> None:
         assert end.value.code == 2
 
 
+@pytest.mark.parametrize("others", [[], ["--no-curve"], ["--against", "goodput.json", "--profile", "mine.json"]], ids=str)
+@pytest.mark.parametrize("stem", ["/nonexistent/x", "."])
+def test_where_nothing_can_be_written_nothing_is_simulated(stem: str, others: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(["--out", stem, *others])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and "--out" in err and len(err.splitlines()) == 1
+    parse(["--out", "/nonexistent/x", "--paper"])
+
+
 @pytest.mark.parametrize("what", [["--live", "http://127.0.0.1:8000"], ["--against", "goodput.json"]], ids=["live", "against"])
 def test_a_system_that_runs_is_not_planned_with_the_papers_machine(what: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """What clients ask of SmolLM2 was planned with OPT-13B's times on an A100, without a word."""
