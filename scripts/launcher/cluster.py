@@ -14,6 +14,7 @@ from pathlib import Path
 
 from scripts.launcher.child import Child, raise_priority
 from scripts.launcher.mps import Mps, wanted
+from scripts.launcher.scratch import Scratch
 from scripts.launcher.valkey import Valkey
 
 READY_S = 120.0
@@ -53,8 +54,8 @@ class Cluster:
     def __init__(self, shape: Shape, say: Callable[[str], None] = lambda words: None, valkey: Valkey | None = None) -> None:
         self.shape = shape
         self._say = say
-        self._scratch = tempfile.TemporaryDirectory(prefix="baton-run-")
-        self.folder = Path(self._scratch.name)
+        self._scratch = Scratch("baton-run-")
+        self.folder = self._scratch.path
         self.secret = self.folder / "fleet-secret"
         self.secret.write_text(secrets.token_hex(32))
         self.valkey = (valkey or Valkey()) if shape.redis_url is None else None

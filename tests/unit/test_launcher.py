@@ -19,6 +19,7 @@ from scripts.launcher.__main__ import options
 from scripts.launcher.child import Child
 from scripts.launcher.cluster import Cluster, ClusterError, share_cores
 from scripts.launcher.model import name_of
+from scripts.launcher.scratch import Scratch
 from scripts.launcher.show import BAR, Credentials, Progress, credentials, timeline_table
 
 STAGES = ("prefill_queue", "prefill", "transfer", "decode_queue", "decode", "other")
@@ -90,6 +91,30 @@ def test_a_killed_parent_takes_its_child_along() -> None:
         parent.kill()
         # Both held the pipe: its end means that both are gone.
         assert parent.stdout.read() == b""
+
+
+LEFT = """
+import sys, time
+from scripts.launcher.scratch import Scratch
+made = Scratch(sys.argv[1])
+print(made.path, flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_a_killed_run_has_left_goes_at_the_next_start_and_a_living_ones_stays() -> None:
+    prefix, root = f"baton-test-{os.getpid()}-", Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", LEFT, prefix], stdout=subprocess.PIPE, cwd=root, text=True) as killed:
+        assert killed.stdout is not None
+        left = Path(killed.stdout.readline().strip())
+        living = Scratch(prefix)
+        assert left.is_dir() and living.path.is_dir()
+        killed.kill()
+    last = Scratch(prefix)
+    assert not left.exists() and living.path.is_dir() and last.path.is_dir()
+    for one in (living, last):
+        one.cleanup()
+        assert not one.path.exists()
 
 
 def test_the_demo_asks_with_the_first_key_of_its_gateways(tmp_path: Path) -> None:
