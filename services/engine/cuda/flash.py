@@ -1,6 +1,6 @@
 """Attention of prompts by torch's own FlashAttention, which knows no pages: the tokens that a chunk sees are gathered first.
 
-The copy is a few percent of the attention of a long prompt (2,048 tokens of Llama-3-8B: 8 MB beside 34 GFLOP a layer). Which of this and
+The copy is small beside the attention of a long prompt (2,048 tokens of Llama-3-8B: 8 MB beside 34 GFLOP a layer). Which of this and
 our own kernel is faster is measured at the start (`services/engine/cuda/choose.py`). It takes half precision only.
 """
 
